@@ -1,0 +1,37 @@
+"""Low-rank compression of ONNX models.
+
+import onnxlr
+
+report = onnxlr.compress("model.onnx", "calib/", output="small.onnx")
+print(report.after.parameters / report.before.parameters, report.validation.error)
+"""
+
+from onnxlr.analyze import Analysis, analyze
+from onnxlr.case import calibrate, inspect
+from onnxlr.config import Config, Target
+from onnxlr.data import ImageOptions
+from onnxlr.errors import OnnxlrError
+from onnxlr.gram import Stats
+from onnxlr.model_io import Model, load, save
+from onnxlr.pipeline import compress
+from onnxlr.report import Report
+from onnxlr.validate import Validation, validate
+
+__all__ = [
+    "Analysis",
+    "Config",
+    "ImageOptions",
+    "Model",
+    "OnnxlrError",
+    "Report",
+    "Stats",
+    "Target",
+    "Validation",
+    "analyze",
+    "calibrate",
+    "compress",
+    "inspect",
+    "load",
+    "save",
+    "validate",
+]

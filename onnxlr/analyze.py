@@ -1,0 +1,84 @@
+"""How much of its rank every layer uses, as arXiv 2407.04797 measures it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from onnxlr.calibrate import weight_moments
+from onnxlr.case import gather, prepare, quiet, require_same_model
+from onnxlr.config import Config
+from onnxlr.data import ImageOptions
+from onnxlr.errors import ConfigError
+from onnxlr.spectrum import Utilization, eigen, output_spectrum, utilization
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from onnxlr.case import ModelLike, Progress
+    from onnxlr.gram import Stats
+
+
+@dataclass(frozen=True, slots=True)
+class WeightAnalysis:
+    """The utilization of one weight `W [d_in, d_out]`, at every threshold asked for."""
+
+    name: str
+    sites: tuple[str, ...]
+    d_in: int
+    d_out: int
+    rows: int
+    at: tuple[Utilization, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Analysis:
+    """Utilization of every linear layer, and the mean layer utilization `mlu`, by energy threshold."""
+
+    weights: tuple[WeightAnalysis, ...]
+    mlu: Mapping[float, float]
+
+
+def analyze(
+    model: ModelLike,
+    calib: object,
+    config: Config | None = None,
+    *,
+    energies: Sequence[float] = (0.99,),
+    stats: Stats | None = None,
+    images: ImageOptions | None = None,
+    progress: Progress = quiet,
+) -> Analysis:
+    """The measure of arXiv 2407.04797: utilized rank and utilization of every layer, and their mean.
+
+    Parameters
+    ----------
+    energies
+        Shares of energy, each in (0, 1].
+    stats
+        Moments to reuse; gathered with the objective "utilized".
+
+    Raises
+    ------
+    OnnxlrError
+        As `calibrate`.
+    """
+    config = replace(config or Config(), objective="utilized")
+    for energy in energies:
+        if not 0 < energy <= 1:
+            raise ConfigError(f"energy must be above 0 and at most 1, not {energy}")
+    case = prepare(model, calib, config, images or ImageOptions())
+    stats = require_same_model(stats, case.model) if stats else gather(case, config, progress)
+    rows = []
+    for weight in case.weights:
+        matrix = case.inventory.matrix(weight)
+        moments = weight_moments(stats, case.inventory, weight, "utilized")
+        inputs = eigen(moments.second)
+        outputs = output_spectrum(matrix, inputs)
+        at = tuple(utilization(matrix, inputs, outputs, energy) for energy in energies)
+        rows.append(WeightAnalysis(weight.name, weight.labels, weight.d_in, weight.d_out, moments.count, at))
+        progress("analyze", 1, len(case.weights))
+    mlu = {e: float(np.mean([row.at[i].utilization for row in rows])) for i, e in enumerate(energies)} if rows else {}
+    return Analysis(tuple(rows), mlu)

@@ -1,0 +1,124 @@
+"""Latency of models, measured in turn.
+
+One round runs every model once, on the same feed: A B A B ... A machine's clock, caches and other load drift over
+seconds, so the times of one round share them, and the ratio of two models is taken round by round:
+
+    ratio of B = median over rounds of (time of B / time of A)
+
+which is steadier than the ratio of two medians measured one after the other.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from onnxlr.errors import ConfigError
+from onnxlr.session import Session
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from onnxlr.model_io import Model
+
+MIN_RUNS = 5
+"""Rounds that are run however small the time budget: fewer have no median worth the name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """One model's time for one feed.
+
+    Attributes
+    ----------
+    median_ms, p10_ms, p90_ms : float
+        Quantiles of the wall time of a run, in milliseconds.
+    ratio : float
+        Median over rounds of this model's time over the first model's; 1 for the first itself.
+    runs : int
+        Timed runs.
+    """
+
+    median_ms: float
+    p10_ms: float
+    p90_ms: float
+    ratio: float
+    runs: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def compare_latency(
+    models: Sequence[Model],
+    feed: Mapping[str, np.ndarray],
+    *,
+    runs: int = 50,
+    warmup: int = 2,
+    budget_seconds: float = 4.0,
+    provider: str = "cpu",
+    threads: int = 0,
+) -> list[Latency]:
+    """Time models against each other on one feed.
+
+    Parameters
+    ----------
+    models : sequence of Model
+        What to time; ratios are against the first.
+    feed : mapping of str to array
+        What every run gets, with the batch size that is to be measured.
+    runs : int
+        Timed rounds at most.
+    warmup : int
+        Rounds run and not timed before; the first runs allocate memory and, on a GPU, compile kernels.
+    budget_seconds : float
+        No round begins later than this after the first warm-up began, but the lesser of `runs` and `MIN_RUNS` rounds
+        are always timed. Loading the models is not counted.
+    provider, threads
+        As of `Session`.
+
+    Returns
+    -------
+    list of Latency
+        In the order of `models`.
+
+    Raises
+    ------
+    ConfigError
+        No model, or a number out of its range.
+    InstallError, ModelError
+        As `Session`.
+    """
+    if not models:
+        raise ConfigError("no model to time: give one or more")
+    if runs < 1 or warmup < 0 or budget_seconds < 0:
+        raise ConfigError(
+            f"runs {runs}, warmup {warmup}, budget_seconds {budget_seconds}: expected at least 1, 0 and 0 of them"
+        )
+    sessions = [Session(model, provider=provider, threads=threads) for model in models]
+    deadline = time.perf_counter() + budget_seconds
+    for done in range(warmup):
+        if done and time.perf_counter() > deadline:
+            break
+        for session in sessions:
+            session.run(feed)
+    rounds: list[list[float]] = []
+    while len(rounds) < min(runs, MIN_RUNS) or (len(rounds) < runs and time.perf_counter() < deadline):
+        rounds.append([_seconds(session, feed) for session in sessions])
+    times = np.asarray(rounds)
+    ratios = np.median(times / times[:, :1], axis=0)
+    low, middle, high = 1e3 * np.quantile(times, [0.1, 0.5, 0.9], axis=0)
+    return [
+        Latency(float(middle[i]), float(low[i]), float(high[i]), float(ratios[i]), len(rounds))
+        for i in range(len(models))
+    ]
+
+
+def _seconds(session: Session, feed: Mapping[str, np.ndarray]) -> float:
+    start = time.perf_counter()
+    session.run(feed)
+    return time.perf_counter() - start

@@ -1,0 +1,190 @@
+"""Second moments of what every linear layer sees: probes into the graph, batches through the session, moments out.
+
+The tensors whose rows matter become outputs of a copy of the graph. One batch at a time runs through it, its rows are
+folded into running sums (`onnxlr.gram`), and the activations are dropped. Moments are keyed by tensor, not by layer:
+layers that read one tensor share them, and where a layer's output is the smaller side, the output is observed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+
+from onnxlr.data import batches
+from onnxlr.errors import DataError, StatsError
+from onnxlr.gram import Moments, Stats
+from onnxlr.metrics import token_rows
+from onnxlr.model_io import from_proto
+from onnxlr.session import Session
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+    from onnxlr.config import Config, Objective
+    from onnxlr.data import Feed, Sample, TensorSpec
+    from onnxlr.model_io import Model
+    from onnxlr.sites import Inventory, Site, Weight
+
+Probe = tuple[str, int]
+"""A tensor and the axis (-1 or -2) along which its features lie."""
+
+
+def probe_key(probe: Probe) -> str:
+    """The name of a probe's moments in a `Stats`."""
+    tensor, axis = probe
+    return tensor if axis == -1 else f"{tensor}:rows"
+
+
+def site_probe(weight: Weight, site: Site, objective: Objective) -> Probe | None:
+    """What has to be observed at a site for an objective; None where the objective needs no data."""
+    if objective == "weight":
+        return None
+    if objective == "output" and weight.observes_output:
+        return site.output, site.output_axis
+    return site.input, site.input_axis
+
+
+def probes(weights: Iterable[Weight], objective: Objective) -> list[Probe]:
+    """All distinct tensors to observe for `weights`."""
+    wanted = [site_probe(weight, site, objective) for weight in weights for site in weight.sites]
+    return list(dict.fromkeys(probe for probe in wanted if probe is not None))
+
+
+def with_outputs(model: Model, tensors: Sequence[str]) -> Model:
+    """A copy of `model` whose graph also gives `tensors` out; graph inputs and present outputs are left alone."""
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.proto)
+    known = {value.name for value in (*proto.graph.input, *proto.graph.output)}
+    proto.graph.output.extend(onnx.ValueInfoProto(name=tensor) for tensor in tensors if tensor not in known)
+    return from_proto(proto, model.folder)
+
+
+def rows_of(array: NDArray[Any], axis: int, mask: NDArray[Any] | None) -> NDArray[Any]:
+    """The rows [n, d] of a tensor whose features lie on `axis`; padded tokens left out where a mask [N, S] is given."""
+    if array.ndim > 1:
+        array = np.moveaxis(array, axis, -1)
+    rows = array.reshape(-1, array.shape[-1])
+    real = None if mask is None else token_rows(mask, array.shape)
+    return rows if real is None else rows[real]
+
+
+def mask_of(feed: Feed, mask: str | None) -> NDArray[Any] | None:
+    """The padding mask [N, S] of a feed.
+
+    Raises
+    ------
+    DataError
+        There is no such input.
+    """
+    if mask is None:
+        return None
+    if mask not in feed:
+        raise DataError(f"--mask {mask!r} is none of the model's inputs: {', '.join(map(repr, feed))}")
+    return feed[mask]
+
+
+def accumulate(
+    model: Model,
+    inventory: Inventory,
+    samples: Iterable[Sample],
+    inputs: Sequence[TensorSpec],
+    config: Config,
+    *,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Stats:
+    """Gather the moments that `config.objective` needs at every weight of `inventory`.
+
+    Parameters
+    ----------
+    model, inventory
+        The model and its sites.
+    samples
+        What to calibrate on, held-out samples already left out.
+    inputs
+        The model's inputs.
+    config
+        Batch size, mask, provider and threads are used.
+    progress
+        Called with the number of samples after each batch.
+
+    Raises
+    ------
+    DataError
+        There are no samples, or an activation is NaN or infinite (named).
+    ModelError, InstallError
+        From onnxruntime.
+    """
+    wanted = probes(inventory.weights, config.objective)
+    tensors = list(dict.fromkeys(tensor for tensor, _ in wanted))
+    session = Session(with_outputs(model, tensors), provider=config.provider, threads=config.threads, streaming=True)
+    fetched = [tensor for tensor in tensors if tensor not in {spec.name for spec in inputs}]
+    sums: dict[Probe, Moments] = {}
+    digest = hashlib.sha256()
+    count = 0
+    for feed in batches(_hashed(samples, digest), config.batch, inputs):
+        activations = {**feed, **session.run(feed, fetched)} if fetched else feed
+        mask = mask_of(feed, config.mask)
+        for probe in wanted:
+            rows = rows_of(activations[probe[0]], probe[1], mask)
+            moments = Moments.of(rows)
+            if not np.isfinite(moments.gram).all():
+                raise DataError(
+                    f"tensor {probe[0]!r} holds NaN or infinite values in the batch from sample {count}: "
+                    "check the model and the data with onnxruntime"
+                )
+            sums[probe] = sums[probe] + moments if probe in sums else moments
+        size = len(next(iter(feed.values()))) if feed else 1
+        count += size
+        progress(size)
+    if not count:
+        raise DataError("there are no samples to calibrate on: one of so many is held out, so give at least two")
+    return Stats(
+        model=model.fingerprint(),
+        data=(digest.hexdigest(),),
+        samples=count,
+        holdout_every=config.holdout_every,
+        moments={probe_key(probe): value for probe, value in sums.items()},
+    )
+
+
+def _hashed(samples: Iterable[Sample], digest: Any) -> Iterator[Sample]:
+    for sample in samples:
+        for name in sorted(sample):
+            digest.update(f"{name}{sample[name].shape}{sample[name].dtype}".encode())
+            digest.update(np.ascontiguousarray(sample[name]).view(np.uint8).data)
+        yield sample
+
+
+def weight_moments(stats: Stats, inventory: Inventory, weight: Weight, objective: Objective) -> Moments:
+    """The moments of one weight: those of all its sites added up.
+
+    Where the output is observed, a bias that the operator itself adds is taken off, so that they are those of `x W`.
+
+    Raises
+    ------
+    StatsError
+        `stats` lacks them.
+    """
+    parts: dict[tuple[str, str], Moments] = {}
+    for site in weight.sites:
+        probe = site_probe(weight, site, objective)
+        assert probe is not None
+        key = probe_key(probe)
+        if key not in stats.moments:
+            raise StatsError(
+                f"the moments lack tensor {key!r}, which objective {objective!r} needs at {site.name!r}: "
+                f"gather them with `onnxlr calibrate --objective {objective}`"
+            )
+        moments, bias = stats.moments[key], inventory.own_bias(site)
+        if probe[0] == site.output and bias is not None:
+            moments = moments.shifted(-bias)
+        parts[key, "" if probe[0] == site.input else site.output] = moments
+    total, *rest = parts.values()
+    for part in rest:
+        total = total + part
+    return total

@@ -1,0 +1,185 @@
+"""What every stage starts from: a model, its data divided in two, its linear operators and which of them take part."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import onnx
+
+from onnxlr.calibrate import accumulate
+from onnxlr.config import Config
+from onnxlr.data import ImageOptions, batches, fixed_batch, open_data, split
+from onnxlr.errors import ConfigError, DataError, ModelError, StatsError
+from onnxlr.model_io import Model, from_proto, load
+from onnxlr.session import Session
+from onnxlr.shapes import measure_shapes, synthetic_sample
+from onnxlr.sites import take_inventory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from onnxlr.data import Dataset, TensorSpec
+    from onnxlr.gram import Stats
+    from onnxlr.sites import Inventory, Weight
+
+    ModelLike = str | Path | Model | onnx.ModelProto
+    Progress = Callable[[str, int, int | None], None]
+    """(stage, steps done since the last call, steps in all or None where unknown)."""
+
+
+def quiet(stage: str, done: int, total: int | None) -> None:
+    """Report no progress."""
+
+
+def as_model(model: ModelLike) -> Model:
+    """The model behind a path, a protobuf or a `Model`."""
+    if isinstance(model, Model):
+        return model
+    return from_proto(model) if isinstance(model, onnx.ModelProto) else load(model)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A model with its data, its linear operators, and which of them take part.
+
+    `held_back` gives the reason for every weight that a pattern keeps out.
+    """
+
+    model: Model
+    inputs: Sequence[TensorSpec]
+    calibration: Dataset
+    held_out: Dataset
+    inventory: Inventory
+    weights: Sequence[Weight]
+    held_back: Mapping[str, str]
+
+
+def prepare(model: ModelLike, calib: object, config: Config, images: ImageOptions) -> Case:
+    """Load the model, open and split the data, find the sites.
+
+    Raises
+    ------
+    ModelError, DataError, ConfigError, InstallError
+        What is wrong with the model, the data, a pattern or the installation.
+    """
+    loaded = as_model(model)
+    inputs = Session(loaded, provider=config.provider, threads=config.threads).inputs
+    if config.mask is not None and config.mask not in {spec.name for spec in inputs}:
+        raise DataError(f"--mask {config.mask!r} is none of the inputs {', '.join(repr(s.name) for s in inputs)}")
+    calibration, held_out = split(open_data(calib, inputs, images=images), config.holdout_every)
+    first = next(batches(islice(calibration, fixed_batch(inputs) or 1), 1, inputs), None)
+    if first is None:
+        raise DataError(f"{calibration.name}: no sample to calibrate on")
+    inventory = take_inventory(loaded, measure_shapes(loaded, first, provider=config.provider))
+    weights, held_back = _taking_part(inventory, config)
+    return Case(loaded, inputs, calibration, held_out, inventory, weights, held_back)
+
+
+def _taking_part(inventory: Inventory, config: Config) -> tuple[list[Weight], dict[str, str]]:
+    patterns = {*config.include, *config.exclude, *config.ranks}
+    unused = set(patterns)
+    taking_part, held_back = [], {}
+    for weight in inventory.weights:
+        matching = {pattern for pattern in patterns if weight.matches(pattern)}
+        unused -= matching
+        excluding = [pattern for pattern in config.exclude if pattern in matching]
+        if excluding:
+            held_back[weight.name] = f"excluded by {excluding[0]!r}"
+        elif config.include and not matching.intersection(config.include):
+            held_back[weight.name] = "not included"
+        else:
+            taking_part.append(weight)
+    if unused:
+        raise ConfigError(f"the pattern {min(unused)!r} matches no weight or site: `onnxlr inspect` lists their names")
+    return taking_part, held_back
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What `inspect` found: the inventory, and for which shapes its multiply-accumulates hold."""
+
+    inventory: Inventory
+    shapes_of: Mapping[str, tuple[int, ...]]
+    problem: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON types."""
+        return {
+            "format": "onnxlr-inspection/1",
+            "parameters": self.inventory.parameters,
+            "macs": self.inventory.macs,
+            "macs_of": {name: list(shape) for name, shape in self.shapes_of.items()},
+            "problem": self.problem,
+            "weights": [asdict(weight) for weight in self.inventory.weights],
+            "refusals": [asdict(refusal) for refusal in self.inventory.refusals],
+            "uncounted": self.inventory.uncounted,
+        }
+
+
+def inspect(model: ModelLike, *, provider: str = "cpu") -> Inspection:
+    """List every linear operator, those that can be compressed and those that cannot, with reasons and shares.
+
+    Without data the shapes are those of one synthetic sample; where the model does not run on it, multiply-accumulates
+    stay unknown and `problem` says why.
+
+    Raises
+    ------
+    ModelError, InstallError
+        The file is no model, or onnxruntime is missing.
+    """
+    loaded = as_model(model)
+    problem, shapes, sample = None, None, {}
+    try:
+        sample = synthetic_sample(Session(loaded, provider=provider, optimize=False).inputs)
+        shapes = measure_shapes(loaded, sample, provider=provider)
+    except ModelError as error:
+        problem = str(error)
+    sizes = {name: array.shape for name, array in sample.items()}
+    return Inspection(take_inventory(loaded, shapes), sizes, problem)
+
+
+def calibrate(
+    model: ModelLike,
+    calib: object,
+    config: Config | None = None,
+    *,
+    images: ImageOptions | None = None,
+    progress: Progress = quiet,
+) -> Stats:
+    """Gather the second moments that `config.objective` needs, over all of `calib` but the held-out part.
+
+    Raises
+    ------
+    OnnxlrError
+        As `prepare`; DataError for values that are not finite, naming the tensor.
+    """
+    config = config or Config()
+    return gather(prepare(model, calib, config, images or ImageOptions()), config, progress)
+
+
+def gather(case: Case, config: Config, progress: Progress) -> Stats:
+    """The moments that `config.objective` needs, over the calibration part of the data."""
+    return accumulate(
+        case.model,
+        case.inventory,
+        case.calibration,
+        case.inputs,
+        config,
+        progress=lambda done: progress("calibrate", done, None),
+    )
+
+
+def require_same_model(stats: Stats, model: Model) -> Stats:
+    """`stats`, if they are those of `model`.
+
+    Raises
+    ------
+    StatsError
+        They are not.
+    """
+    if stats.model != model.fingerprint():
+        raise StatsError("these moments were gathered on another model: run `onnxlr calibrate` on this one")
+    return stats

@@ -1,0 +1,106 @@
+"""What a user can ask for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, get_args
+
+from onnxlr.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Objective = Literal["weight", "utilized", "output"]
+TargetKind = Literal["energy", "keep_params", "keep_macs", "max_error", "min_metric_kept"]
+
+OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
+TARGETS: tuple[TargetKind, ...] = get_args(TargetKind)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """How far to compress; one of these at a time.
+
+    energy
+        Per weight: the least rank that keeps this share of the energy, in the sense of the objective.
+    keep_params, keep_macs
+        The share of the whole model's parameters, or multiply-accumulates, to keep; met exactly, from below.
+    max_error
+        The relative error of the model's outputs on held-out data; the smallest model within it is searched.
+    min_metric_kept
+        The share of the dense model's task metric on held-out labelled data; searched likewise.
+    """
+
+    kind: TargetKind = "max_error"
+    value: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.kind not in TARGETS:
+            raise ConfigError(f"unknown target {self.kind!r}: choose one of {', '.join(TARGETS)}")
+        if not (0 < self.value <= 1 or (self.kind == "max_error" and self.value > 0)):
+            raise ConfigError(f"{self.kind} must be above 0 and at most 1, not {self.value}")
+
+    def __str__(self) -> str:
+        return f"{self.kind.replace('_', '-')} {self.value:g}"
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Everything that decides a compression, besides the model and its data.
+
+    Attributes
+    ----------
+    objective
+        What a factorization minimises: see `onnxlr.factorize`.
+    target
+        How far to compress.
+    include, exclude
+        Shell patterns of site or weight names; a weight takes part if one of its sites is included (all are, when
+        `include` is empty) and none is excluded.
+    ranks
+        Fixed ranks by pattern; the last pattern that matches counts.
+    rank_multiple
+        Ranks are multiples of this number: hardware runs them faster.
+    margin
+        No rank above this share of the break-even rank is used: such a pair saves little and adds an operator.
+    batch
+        Samples in a batch, where the model's batch axis is free.
+    holdout_every
+        One sample of so many is held out for validation and never calibrated on.
+    mask
+        Name of the input that is nonzero where a token is real, for padded batches.
+    metric
+        "top1" or "module:function", the task metric where labels are given.
+    provider, threads
+        Where and how onnxruntime runs.
+    """
+
+    objective: Objective = "output"
+    target: Target = field(default_factory=Target)
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    rank_multiple: int = 16
+    margin: float = 0.85
+    batch: int = 8
+    holdout_every: int = 8
+    mask: str | None = None
+    metric: str = "top1"
+    provider: str = "cpu"
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise ConfigError(f"unknown objective {self.objective!r}: choose one of {', '.join(OBJECTIVES)}")
+        for name in ("rank_multiple", "batch"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.holdout_every < 2:
+            raise ConfigError(
+                f"holdout_every must be at least 2, not {self.holdout_every}: some data must be left over"
+            )
+        if not 0 < self.margin <= 1:
+            raise ConfigError(f"margin must be above 0 and at most 1, not {self.margin}")
+        for pattern, rank in self.ranks.items():
+            if rank < 1:
+                raise ConfigError(f"the rank for {pattern!r} must be at least 1, not {rank}")

@@ -1,0 +1,215 @@
+"""From a weight and the moments of its data to two factors: `W [d_in, d_out] ~ A [d_in, r] B [r, d_out]`.
+
+A `Decomposition` is prepared once for a weight and then cut at any rank. `damage(r)` is what the cut loses in the
+units of its objective, and `total` what cutting everything would lose. Three objectives:
+
+weight
+    The singular value decomposition of `W`; no data. Loses `||W - A B||^2`.
+
+output
+    Least squares on the layer's output. With the covariance of the output `S = W^T (C - mu^T mu) W` and `V` its `r`
+    leading eigenvectors, `A = W V`, `B = V^T`, and the bias takes over the mean of what is cut off,
+    `mu W (I - V V^T)`. Loses the tail of the eigenvalues of `S`. No inverse is taken, so a singular `C` is fine.
+    Directions that the data never used are ordered by the weight alone: `S` is regularised by
+    `ridge * tr(S) / ||W||^2 * W^T W`, so that full rank gives `W` back. (The optimum is that of Chen et al. 2021,
+    "DRONE", and Wang et al. 2024, "SVD-LLM".)
+
+utilized
+    `P_T W P_S`, the projections on the leading eigenvectors of the input's and the output's second moments (Garg et
+    al. 2024, arXiv 2407.04797), without a correction of the bias, as in the paper. Cut at a rank `r`, both sides keep
+    `r` directions; by energy, each side keeps its own number, and the rank is the smaller one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import scipy.linalg
+
+from onnxlr.spectrum import Spectrum, eigen, output_spectrum, rank_for_energy
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from onnxlr.gram import Moments
+
+    Matrix = NDArray[np.float64]
+
+RIDGE = 1e-6
+"""Weight of the regularisation of the output objective, relative to the mean energy of a direction."""
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """`x W + b ~ (x first) second + b + bias`; first [d_in, r], second [r, d_out], bias [d_out] or None, float64."""
+
+    first: Matrix
+    second: Matrix
+    bias: Matrix | None
+
+    @property
+    def rank(self) -> int:
+        """The number of columns of `first`."""
+        return int(self.first.shape[1])
+
+
+class Decomposition(Protocol):
+    """A weight prepared for one objective."""
+
+    @property
+    def total(self) -> float:
+        """The damage of cutting everything."""
+
+    def damage(self, rank: int) -> float:
+        """The damage of a cut at `rank`, in the same unit; 0 at full rank."""
+
+    def rank_for(self, energy: float) -> int:
+        """The least rank that keeps the share `energy`, in the sense of the objective."""
+
+    def cut(self, rank: int) -> Factors:
+        """Balanced factors of rank `rank`."""
+
+    def cut_by_energy(self, energy: float, rank: int) -> Factors:
+        """Balanced factors that keep the share `energy`, at a rank of at least `rank_for(energy)`."""
+
+
+class _Ordered:
+    """Directions of falling energy [k]: the damage of a cut is the energy of the tail."""
+
+    def __init__(self, energies: Matrix) -> None:
+        self._energies = energies
+        self._tails = np.append(np.cumsum(energies[::-1])[::-1], 0.0)
+
+    @property
+    def total(self) -> float:
+        return float(self._tails[0])
+
+    def damage(self, rank: int) -> float:
+        return float(self._tails[min(rank, len(self._energies))])
+
+    def rank_for(self, energy: float) -> int:
+        return rank_for_energy(self._energies, energy)
+
+    def cut(self, rank: int) -> Factors:
+        raise NotImplementedError
+
+    def cut_by_energy(self, energy: float, rank: int) -> Factors:
+        return self.cut(rank)
+
+
+class WeightDecomposition(_Ordered):
+    """The objective "weight" for `weight [d_in, d_out]`."""
+
+    def __init__(self, weight: Matrix) -> None:
+        self._left, self._singular, self._right = scipy.linalg.svd(weight, full_matrices=False, check_finite=False)
+        super().__init__(self._singular**2)
+
+    def cut(self, rank: int) -> Factors:
+        root = np.sqrt(self._singular[:rank])
+        return Factors(self._left[:, :rank] * root, root[:, None] * self._right[:rank], None)
+
+
+class OutputDecomposition(_Ordered):
+    """The objective "output" for `weight [d_in, d_out]`.
+
+    Parameters
+    ----------
+    weight
+        `W`, float64.
+    moments
+        Of the rows of the input `x` [d_in] or, with `observed_output`, of those of the product `x W` [d_out].
+    """
+
+    def __init__(
+        self,
+        weight: Matrix,
+        moments: Moments,
+        *,
+        observed_output: bool = False,
+        ridge: float = RIDGE,
+    ) -> None:
+        self._weight = weight
+        if observed_output:
+            self._mean = moments.mean
+            self._basis = self._of_output(moments.covariance, ridge).vectors[:, : min(weight.shape)]
+        else:
+            self._mean = moments.mean @ weight
+            self._basis = self._of_input(moments.covariance, ridge).vectors
+        covariance = moments.covariance
+        seen = self._basis if observed_output else weight @ self._basis
+        super().__init__(np.maximum(np.einsum("ir,ir->r", seen, covariance @ seen), 0.0))
+
+    def _of_output(self, covariance: Matrix, ridge: float) -> Spectrum:
+        gram = self._weight.T @ self._weight
+        energy = np.trace(covariance)
+        if energy <= 0:
+            return eigen(gram)
+        return eigen(covariance + ridge * energy / max(np.trace(gram), np.finfo(np.float64).tiny) * gram)
+
+    def _of_input(self, covariance: Matrix, ridge: float) -> Spectrum:
+        squared = max(float(np.sum(self._weight**2)), np.finfo(np.float64).tiny)
+        energy = float(np.sum(self._weight * (covariance @ self._weight)))
+        identity = np.eye(len(covariance))
+        if energy <= 0:
+            return output_spectrum(self._weight, eigen(identity))
+        return output_spectrum(self._weight, eigen(covariance + ridge * energy / squared * identity))
+
+    def cut(self, rank: int) -> Factors:
+        kept = self._basis[:, :rank]
+        bias = self._mean - (self._mean @ kept) @ kept.T
+        return balanced(Factors(self._weight @ kept, kept.T, bias))
+
+
+class UtilizedDecomposition:
+    """The objective "utilized" for `weight [d_in, d_out]` and the moments of its input rows [d_in]."""
+
+    def __init__(self, weight: Matrix, moments: Moments) -> None:
+        self._weight = weight
+        self._inputs = eigen(moments.second)
+        self._outputs = output_spectrum(weight, self._inputs)
+        core = self._inputs.vectors.T @ weight @ self._outputs.vectors
+        energy = self._inputs.values[:, None] * core**2
+        kept = np.cumsum(np.cumsum(energy, 0), 1)
+        self.total = float(kept[-1, -1])
+        self._kept = np.append(0.0, np.diagonal(kept))
+
+    def damage(self, rank: int) -> float:
+        if rank >= min(self._weight.shape):
+            return 0.0
+        return max(self.total - float(self._kept[rank]), 0.0)
+
+    def rank_for(self, energy: float) -> int:
+        return min(rank_for_energy(self._inputs.values, energy), rank_for_energy(self._outputs.values, energy))
+
+    def cut(self, rank: int) -> Factors:
+        if rank >= min(self._weight.shape):
+            return WeightDecomposition(self._weight).cut(rank)
+        return self._project(rank, rank)
+
+    def cut_by_energy(self, energy: float, rank: int) -> Factors:
+        return self._project(
+            max(rank, rank_for_energy(self._inputs.values, energy)),
+            max(rank, rank_for_energy(self._outputs.values, energy)),
+        )
+
+    def _project(self, k_input: int, k_output: int) -> Factors:
+        seen, used = self._inputs.vectors[:, :k_input], self._outputs.vectors[:, :k_output]
+        core = seen.T @ self._weight @ used
+        if k_input <= k_output:
+            return balanced(Factors(seen, core @ used.T, None))
+        return balanced(Factors(seen @ core, used.T, None))
+
+
+def balanced(factors: Factors) -> Factors:
+    """The same product with the singular values split evenly between the two factors.
+
+    Two thin QR decompositions and one small SVD: `A = Q1 R1`, `B^T = Q2 R2`, `R1 R2^T = U s V^T`. Unbalanced pairs
+    overflow in fp16 and cannot be fine-tuned at one learning rate.
+    """
+    left, upper = scipy.linalg.qr(factors.first, mode="economic", check_finite=False)
+    right, lower = scipy.linalg.qr(factors.second.T, mode="economic", check_finite=False)
+    u, singular, vt = scipy.linalg.svd(upper @ lower.T, check_finite=False)
+    root = np.sqrt(singular)
+    return Factors((left @ u) * root, root[:, None] * (vt @ right.T), factors.bias)

@@ -1,0 +1,178 @@
+"""Second moments of the rows of a tensor: accumulate, merge, store.
+
+For rows `x [n, d]` a `Moments` holds `n`, `sum(x) [d]` and the Gram matrix `x^T x [d, d]`, all in float64. From these
+three come the mean `mu`, the second moments `C = E[x^T x]` and the covariance `C - mu^T mu`. Sums add: the moments of
+shards, processes and machines merge into exactly those of a single pass, up to the rounding of float64.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from onnxlr.errors import StatsError
+from onnxlr.files import replacing
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+FORMAT = "onnxlr-moments/1"
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Sums over `count` rows: `total [d]` and `gram [d, d]`, float64."""
+
+    count: int
+    total: NDArray[np.float64]
+    gram: NDArray[np.float64]
+
+    @classmethod
+    def zero(cls, dim: int) -> Moments:
+        """The moments of no rows of width `dim`."""
+        return cls(0, np.zeros(dim), np.zeros((dim, dim)))
+
+    @classmethod
+    def of(cls, rows: NDArray[Any]) -> Moments:
+        """The moments of `rows [n, d]`, any floating dtype."""
+        wide = np.asarray(rows, np.float64)
+        return cls(len(wide), wide.sum(0), wide.T @ wide)
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(self.count + other.count, self.total + other.total, self.gram + other.gram)
+
+    def shifted(self, offset: NDArray[np.float64]) -> Moments:
+        """The moments of `x + offset` for the same rows; offset [d]."""
+        cross = np.outer(self.total, offset)
+        gram = self.gram + cross + cross.T + self.count * np.outer(offset, offset)
+        return Moments(self.count, self.total + self.count * offset, gram)
+
+    @property
+    def dim(self) -> int:
+        """The width `d` of the rows."""
+        return len(self.total)
+
+    @property
+    def mean(self) -> NDArray[np.float64]:
+        """`mu = E[x]`, shape [d]."""
+        return self.total / max(self.count, 1)
+
+    @property
+    def second(self) -> NDArray[np.float64]:
+        """`C = E[x^T x]`, shape [d, d]."""
+        return self.gram / max(self.count, 1)
+
+    @property
+    def covariance(self) -> NDArray[np.float64]:
+        """`C - mu^T mu`, shape [d, d]."""
+        return self.second - np.outer(self.mean, self.mean)
+
+    @property
+    def rank_deficient(self) -> bool:
+        """Fewer rows than dimensions: the covariance is singular whatever the data."""
+        return self.count <= self.dim
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """All moments gathered for one model.
+
+    Attributes
+    ----------
+    model
+        Fingerprint of the model (sha256).
+    data
+        Fingerprints of the data, one for each calibrated shard.
+    samples
+        Samples that were calibrated on, held-out ones left out.
+    moments
+        By key: "input:<tensor>" or "output:<tensor>".
+    holdout_every
+        Every how many samples one was held out and never calibrated on.
+    """
+
+    model: str
+    data: tuple[str, ...]
+    samples: int
+    holdout_every: int
+    moments: Mapping[str, Moments] = field(repr=False)
+
+    def __add__(self, other: Stats) -> Stats:
+        if self.model != other.model:
+            raise StatsError(f"moments of different models do not add: {self.model[:12]} and {other.model[:12]}")
+        if self.moments.keys() != other.moments.keys():
+            differing = sorted(self.moments.keys() ^ other.moments.keys())
+            raise StatsError(f"moments of different tensors do not add: only one of the files has {differing[0]!r}")
+        if self.holdout_every != other.holdout_every:
+            raise StatsError(
+                f"shards with different held-out shares do not add: "
+                f"one sample of {self.holdout_every} and one of {other.holdout_every}"
+            )
+        return Stats(
+            self.model,
+            self.data + other.data,
+            self.samples + other.samples,
+            self.holdout_every,
+            {key: value + other.moments[key] for key, value in self.moments.items()},
+        )
+
+    def save(self, path: Path, *, force: bool = False) -> None:
+        """Write as safetensors, whole or not at all.
+
+        Raises
+        ------
+        OutputError
+            `path` exists without `force`, or cannot be written.
+        """
+        tensors: dict[str, NDArray[Any]] = {}
+        for key, value in self.moments.items():
+            tensors[f"{key}/total"] = np.ascontiguousarray(value.total)
+            tensors[f"{key}/gram"] = np.ascontiguousarray(value.gram)
+        header = {
+            "format": FORMAT,
+            "model": self.model,
+            "data": json.dumps(self.data),
+            "samples": str(self.samples),
+            "holdout_every": str(self.holdout_every),
+            "rows": json.dumps({key: value.count for key, value in self.moments.items()}),
+        }
+        with replacing(path, force=force) as temporary:
+            save_file(tensors, temporary, metadata=header)
+
+    @classmethod
+    def load(cls, path: Path) -> Stats:
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        StatsError
+            `path` is missing, damaged or no moments file.
+        """
+        try:
+            with safe_open(path, framework="np") as file:
+                header = file.metadata() or {}
+                if header.get("format") != FORMAT:
+                    raise StatsError(f"{path} is no moments file ({FORMAT}): write one with `onnxlr calibrate`")
+                moments = {
+                    key: Moments(count, file.get_tensor(f"{key}/total"), file.get_tensor(f"{key}/gram"))
+                    for key, count in json.loads(header["rows"]).items()
+                }
+        except FileNotFoundError:
+            raise StatsError(f"{path} does not exist: write it with `onnxlr calibrate`") from None
+        except (SafetensorError, OSError) as error:
+            raise StatsError(f"{path} cannot be read as a moments file: {error}") from error
+        return cls(
+            header["model"],
+            tuple(json.loads(header["data"])),
+            int(header["samples"]),
+            int(header["holdout_every"]),
+            moments,
+        )

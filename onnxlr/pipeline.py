@@ -1,0 +1,337 @@
+"""The whole way from a model and data to a compressed model.
+
+compress = sites -> moments -> decompositions -> ranks under a target -> rewrite -> validate -> save -> report
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from onnxlr.bench import compare_latency
+from onnxlr.calibrate import weight_moments
+from onnxlr.case import gather, prepare, quiet, require_same_model
+from onnxlr.config import Config
+from onnxlr.data import ImageOptions, batches, load_labels
+from onnxlr.errors import ConfigError, GateError, ModelError
+from onnxlr.factorize import OutputDecomposition, UtilizedDecomposition, WeightDecomposition
+from onnxlr.files import require_writable
+from onnxlr.model_io import check, load, save
+from onnxlr.report import ModelFigures, RefusalReport, Report, WeightReport
+from onnxlr.rewrite import pair_parameters, rewrite
+from onnxlr.session import import_onnxruntime
+from onnxlr.sites import parameter_count
+from onnxlr.targets import Chooser, Part, by_energy, offered_ranks
+from onnxlr.trial import Trial
+from onnxlr.validate import validate
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+    from onnxlr.case import Case, ModelLike, Progress
+    from onnxlr.factorize import Decomposition
+    from onnxlr.gram import Stats
+    from onnxlr.model_io import Model
+    from onnxlr.sites import Weight
+    from onnxlr.targets import Plan
+    from onnxlr.validate import Validation
+
+SEARCH_SAMPLES = 256
+"""Held-out samples that a search runs again and again; the final validation takes all of them."""
+ATTEMPTS = 3
+"""Searches for a target, each stricter than the one before, until all held-out samples agree that it is met."""
+
+
+def compress(
+    model: ModelLike,
+    calib: object,
+    config: Config | None = None,
+    *,
+    output: str | Path | None = None,
+    labels: str | Path | NDArray[np.int64] | None = None,
+    stats: Stats | None = None,
+    images: ImageOptions | None = None,
+    force: bool = False,
+    progress: Progress = quiet,
+) -> Report:
+    """Compress a model and report what was done, with the evidence.
+
+    Parameters
+    ----------
+    model
+        A path, a `Model` or a ModelProto.
+    calib
+        Calibration data: whatever `onnxlr.data.open_data` takes. A part is held out and validates the result.
+    config
+        Objective, target and all else; the defaults, when None.
+    output
+        Where the compressed model is saved; nothing is written when None.
+    labels
+        One a sample of `calib`, a file or an array, for the task metric.
+    stats
+        Moments to reuse in place of calibration.
+    images
+        How images become inputs, where `calib` is a folder of images.
+    force
+        Replace an existing `output`.
+    progress
+        Called with (stage, steps done, steps in all or None) as the work goes on.
+
+    Raises
+    ------
+    OnnxlrError
+        Whatever is wrong with the input. GateError: the target cannot be reached, and what can be.
+    """
+    config = config or Config()
+    if config.target.kind == "min_metric_kept" and labels is None:
+        raise ConfigError("--min-metric-kept needs --labels: one label for every sample of --calib")
+    path = None if output is None else Path(output)
+    if path is not None:
+        require_writable(path, force=force)
+    clock = Clock()
+    with clock.stage("prepare"):
+        case = prepare(model, calib, config, images or ImageOptions())
+        truth = labels if labels is None or isinstance(labels, np.ndarray) else load_labels(labels)
+    if stats is not None:
+        require_same_model(stats, case.model)
+    elif config.objective != "weight":
+        with clock.stage("calibrate"):
+            stats = gather(case, config, progress)
+    with clock.stage("decompose"):
+        parts = []
+        for weight in case.weights:
+            parts.append(_part(case, weight, stats, config))
+            progress("decompose", 1, len(case.weights))
+    plan, compressed, validation = _meet_target(case, parts, config, truth, clock, progress)
+    file_bytes = len(compressed.serialize()) if path is None else 0
+    if path is not None:
+        with clock.stage("save"):
+            # a model that the checker refuses to begin with is not made worse by its compression
+            save(compressed, path, force=force, check=_passes_check(case.model))
+            file_bytes = load(path).nbytes
+    with clock.stage("benchmark"):
+        feed = next(iter(batches(case.held_out, config.batch, case.inputs)))
+        dense, low_rank = compare_latency(
+            [case.model, compressed], feed, provider=config.provider, threads=config.threads
+        )
+    weights = _weight_reports(case, parts, plan, config, stats)
+    macs = case.inventory.macs
+    saved = sum(w.macs - w.macs_after for w in weights if w.macs is not None and w.macs_after is not None)
+    return Report(
+        model=str(case.model.path or "in memory"),
+        fingerprint=case.model.fingerprint(),
+        output=None if path is None else str(path),
+        config=asdict(config),
+        samples=0 if stats is None else stats.samples,
+        held_out=validation.samples,
+        before=ModelFigures(case.inventory.parameters, macs, case.model.nbytes, dense.median_ms, validation.metric_a),
+        after=ModelFigures(
+            parameter_count(compressed),
+            None if macs is None else round(macs - saved),
+            file_bytes,
+            low_rank.median_ms,
+            validation.metric_b,
+        ),
+        predicted_error=None if plan.predicted is None else sum(plan.predicted.values()) ** 0.5,
+        validation=validation,
+        latency_ratio=low_rank.ratio,
+        weights=weights,
+        refusals=tuple(RefusalReport(r.name, r.op, r.reason, r.parameters, r.macs) for r in case.inventory.refusals),
+        warnings=tuple(_warnings(case, weights, stats)),
+        seconds=clock.seconds,
+        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        versions={
+            "onnxlr": version("onnxlr"),
+            "onnx": version("onnx"),
+            "onnxruntime": import_onnxruntime().__version__,
+            "onnx_graphsurgeon": version("onnx_graphsurgeon"),
+        },
+    )
+
+
+def _part(case: Case, weight: Weight, stats: Stats | None, config: Config) -> Part:
+    matching = [rank for pattern, rank in config.ranks.items() if weight.matches(pattern)]
+    fixed = matching[-1] if matching else None
+    if fixed is not None and fixed > min(weight.d_in, weight.d_out):
+        raise ConfigError(
+            f"--rank {fixed} for {weight.name!r} is above its full rank {min(weight.d_in, weight.d_out)}: lower it"
+        )
+    decomposition: Decomposition
+    matrix = case.inventory.matrix(weight)
+    if stats is None or config.objective == "weight":
+        decomposition = WeightDecomposition(matrix)
+    else:
+        moments = weight_moments(stats, case.inventory, weight, config.objective)
+        if config.objective == "utilized":
+            decomposition = UtilizedDecomposition(matrix, moments)
+        else:
+            decomposition = OutputDecomposition(matrix, moments, observed_output=weight.observes_output)
+    return Part(weight, decomposition, offered_ranks(weight, config), fixed)
+
+
+def _meet_target(
+    case: Case,
+    parts: Sequence[Part],
+    config: Config,
+    labels: NDArray[np.int64] | None,
+    clock: Clock,
+    progress: Progress,
+) -> tuple[Plan, Model, Validation]:
+    """A plan, its model, and the validation that shows the target met on all held-out samples."""
+    target, chooser = config.target, None
+    if target.kind != "energy":
+        with clock.stage("importance"):
+            chooser = Chooser(case.inventory, parts, _trial(case, config, labels), config, progress)
+    limit = target.value
+    for _ in range(ATTEMPTS):
+        with clock.stage("search"):
+            plan = by_energy(parts, limit, config) if chooser is None else chooser.plan(limit)
+        with clock.stage("rewrite"):
+            compressed = rewrite(case.inventory, plan.factors)
+        with clock.stage("validate"):
+            validation = validate(
+                case.model,
+                compressed,
+                case.held_out,
+                batch=config.batch,
+                mask=config.mask,
+                labels=labels,
+                metric=config.metric,
+                provider=config.provider,
+                threads=config.threads,
+                max_error=target.value if target.kind == "max_error" else None,
+                progress=lambda done: progress("validate", done, None),
+            )
+        if target.kind == "max_error" and validation.error > target.value:
+            reached = f"a relative error of {validation.error:.4g}"
+            limit *= 0.99 * target.value / validation.error
+        elif target.kind == "min_metric_kept" and not _metric_kept(validation, target.value):
+            reached = f"{validation.metric_b:.4g} of {validation.metric_a:.4g}"
+            limit += (1 - limit) / 2
+        else:
+            return plan, compressed, validation
+    raise GateError(
+        f"--{target} holds on {SEARCH_SAMPLES} held-out samples but not on all {validation.samples}, where "
+        f"{reached} was reached: ask for a little more and try again"
+    )
+
+
+def _metric_kept(validation: Validation, share: float) -> bool:
+    assert validation.metric_a is not None
+    assert validation.metric_b is not None
+    return validation.metric_b >= share * validation.metric_a
+
+
+def _trial(case: Case, config: Config, labels: NDArray[np.int64] | None) -> Trial:
+    numbered = list(islice(case.held_out.indexed(), SEARCH_SAMPLES))
+    return Trial(
+        case.inventory,
+        case.weights,
+        [sample for _, sample in numbered],
+        case.inputs,
+        config,
+        corrected=config.objective == "output",
+        labels=None if labels is None else labels[[index for index, _ in numbered]],
+    )
+
+
+def _passes_check(model: Model) -> bool:
+    if model.path is None:
+        return True
+    try:
+        check(model.path)
+    except ModelError:
+        return False
+    return True
+
+
+def _weight_reports(
+    case: Case, parts: Sequence[Part], plan: Plan, config: Config, stats: Stats | None
+) -> tuple[WeightReport, ...]:
+    by_name = {part.weight.name: part for part in parts}
+    corrected = config.objective == "output"
+    reports = []
+    for weight in case.inventory.weights:
+        part = by_name.get(weight.name)
+        rank = None if part is None else plan.ranks[weight.name]
+        damage = 0.0 if part is None or rank is None else part.decomposition.damage(rank)
+        share = weight.d_in * weight.d_out / (weight.d_in + weight.d_out)
+        reports.append(
+            WeightReport(
+                name=weight.name,
+                sites=weight.labels,
+                d_in=weight.d_in,
+                d_out=weight.d_out,
+                rank=rank,
+                reason=case.held_back[weight.name] if part is None else _reason(part, rank, config),
+                parameters=weight.parameters,
+                parameters_after=weight.parameters
+                if rank is None
+                else pair_parameters(case.inventory, weight, rank, corrected=corrected),
+                macs=weight.macs,
+                macs_after=weight.macs if rank is None or weight.macs is None else weight.macs * rank / share,
+                energy=1.0 if part is None or part.decomposition.total == 0 else 1 - damage / part.decomposition.total,
+                predicted_error=None if plan.predicted is None or part is None else plan.predicted[weight.name] ** 0.5,
+                rows=None
+                if stats is None or part is None or config.objective == "weight"
+                else weight_moments(stats, case.inventory, weight, config.objective).count,
+            )
+        )
+    return tuple(reports)
+
+
+def _reason(part: Part, rank: int | None, config: Config) -> str:
+    if part.fixed is not None:
+        return "its rank was given"
+    if rank is not None:
+        return f"{config.target}"
+    if not part.ranks:
+        return (
+            f"no pair is smaller: no multiple of {config.rank_multiple} is within {config.margin:g} of its break-even "
+            f"rank {part.weight.d_in * part.weight.d_out / (part.weight.d_in + part.weight.d_out):.1f}"
+        )
+    if config.target.kind == "energy":
+        needed = part.decomposition.rank_for(config.target.value)
+        return f"no pair is smaller: {config.target} needs rank {needed}, pairs end at {part.ranks[-1]}"
+    return f"{config.target} is best met with it dense"
+
+
+def _warnings(case: Case, weights: Sequence[WeightReport], stats: Stats | None) -> Iterator[str]:
+    for weight in weights:
+        observed = min(weight.d_in, weight.d_out)
+        if weight.rows is not None and weight.rows <= observed:
+            yield (
+                f"{weight.name}: {weight.rows} calibration rows for {observed} dimensions; directions that no row "
+                "shows are ranked by the weight alone, so calibrate on more data"
+            )
+    if case.inventory.uncounted:
+        listed = ", ".join(case.inventory.uncounted[:3])
+        yield f"the multiply-accumulates of {len(case.inventory.uncounted)} operators are unknown ({listed})"
+    if not any(weight.rank is not None for weight in weights):
+        yield "nothing was compressed: the target leaves every weight dense"
+
+
+@dataclass(slots=True)
+class Clock:
+    """Seconds by stage; a stage entered twice adds up."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time of the block to `name`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

@@ -1,0 +1,114 @@
+"""Which rank for which weight: allocation of one budget over all of them.
+
+Every weight offers options: dense, at its own cost and no damage, or a pair of some rank, at a lower cost and some
+predicted damage. Damages are in one unit over all weights and add up. `allocate` walks down the lower convex hulls of
+(cost, damage): it starts every weight at its cheapest option and buys, one at a time, the step that repairs the most
+damage per unit of cost, wherever in the model that is (the greedy solution of a knapsack whose hulls are convex is
+optimal up to its last step; Shoham and Gersho 1988, "Efficient bit allocation for an arbitrary set of quantizers").
+What then is left of the budget is spent on the best steps that still fit, so that a target is met from below with
+nothing left that could be bought.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One way to keep a weight: `rank` (None is dense), its cost and its predicted damage."""
+
+    rank: int | None
+    cost: float
+    damage: float
+
+
+def pair_ranks(d_in: int, d_out: int, multiple: int, margin: float) -> list[int]:
+    """The ranks worth offering: multiples of `multiple` up to `margin` times the break-even rank.
+
+    A pair costs `r (d_in + d_out)` against `d_in d_out`, so it breaks even at `d_in d_out / (d_in + d_out)`; just
+    below that it saves little and adds an operator.
+    """
+    limit = int(margin * d_in * d_out / (d_in + d_out))
+    return list(range(multiple, limit + 1, multiple))
+
+
+class BudgetTooSmall(ValueError):  # noqa: N818 -- what happened, not that something failed
+    """No choice of options fits the budget; `minimum` is the least that would."""
+
+    def __init__(self, minimum: float) -> None:
+        super().__init__(f"the least possible cost is {minimum}")
+        self.minimum = minimum
+
+
+def lower_hull(options: Sequence[Option]) -> list[Option]:
+    """The options on the lower convex hull of (cost, damage), by rising cost and falling damage."""
+    hull: list[Option] = []
+    for option in sorted(options, key=lambda o: (o.cost, o.damage)):
+        if hull and option.damage >= hull[-1].damage:
+            continue
+        while len(hull) >= 2 and _slope(hull[-2], hull[-1]) >= _slope(hull[-2], option):
+            hull.pop()
+        hull.append(option)
+    return hull
+
+
+def _slope(a: Option, b: Option) -> float:
+    return (b.damage - a.damage) / (b.cost - a.cost)
+
+
+def allocate(options: Mapping[str, Sequence[Option]], budget: float) -> dict[str, Option]:
+    """One option for each weight, of a total cost of at most `budget`.
+
+    Parameters
+    ----------
+    options
+        By weight; at least one each.
+    budget
+        In the unit of the options' costs.
+
+    Raises
+    ------
+    BudgetTooSmall
+        Even the cheapest options together cost more.
+    """
+    hulls = {name: lower_hull(choices) for name, choices in options.items()}
+    chosen = {name: hull[0] for name, hull in hulls.items()}
+    left = budget - sum(option.cost for option in chosen.values())
+    if left < 0:
+        raise BudgetTooSmall(budget - left)
+
+    steps = [(_slope(hull[0], hull[1]), name, 1) for name, hull in hulls.items() if len(hull) > 1]
+    heapq.heapify(steps)
+    while steps:
+        _, name, index = heapq.heappop(steps)
+        hull = hulls[name]
+        price = hull[index].cost - chosen[name].cost
+        if price > left:
+            continue  # this weight's hull ends here; cheaper steps of others may still fit
+        chosen[name] = hull[index]
+        left -= price
+        if index + 1 < len(hull):
+            heapq.heappush(steps, (_slope(hull[index], hull[index + 1]), name, index + 1))
+    return _spend(options, chosen, left)
+
+
+def _spend(options: Mapping[str, Sequence[Option]], chosen: dict[str, Option], left: float) -> dict[str, Option]:
+    """Buy the best single steps, on the hull or off it, until none fits into what is left."""
+    while True:
+        fitting = [
+            (_slope(chosen[name], option), name, option)
+            for name, choices in options.items()
+            for option in choices
+            if 0 < option.cost - chosen[name].cost <= left and option.damage < chosen[name].damage
+        ]
+        if not fitting:
+            return chosen
+        _, name, option = min(fitting, key=lambda step: step[:2])
+        left -= option.cost - chosen[name].cost
+        chosen[name] = option

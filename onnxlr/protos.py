@@ -1,0 +1,71 @@
+"""Walk and copy protobufs without copying the weights in them.
+
+A protobuf's own `CopyFrom` copies everything. Here a model is copied field by field down to its tensors, and what
+becomes of each tensor is the caller's choice: that is how 12 GB of weights stay out of memory.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from google.protobuf.message import Message
+from onnx import TensorProto
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Set
+
+PAYLOAD = frozenset(
+    {"raw_data", "float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data"}
+    | {"external_data", "data_location"}
+)
+"""The fields of a tensor that hold its values, or say where they are."""
+
+_HOLDERS = frozenset(
+    {"ModelProto", "GraphProto", "NodeProto", "AttributeProto", "FunctionProto", "TrainingInfoProto"}
+    | {"TensorProto", "SparseTensorProto"}
+)
+
+
+def tensors(message: Message) -> Iterator[TensorProto]:
+    """Every tensor inside a protobuf: initializers and attributes, in bodies, functions and training graphs too."""
+    if isinstance(message, TensorProto):
+        yield message
+        return
+    for descriptor, value in message.ListFields():
+        if descriptor.message_type is not None and descriptor.message_type.name in _HOLDERS:
+            for item in (value,) if isinstance(value, Message) else value:
+                yield from tensors(item)
+
+
+def copy_fields(source: Message, target: Message, skip: Set[str] = frozenset()) -> None:
+    """Copy the fields that are set in `source`, except those named in `skip`, to an empty `target`."""
+    for descriptor, value in source.ListFields():
+        if descriptor.name in skip:
+            continue
+        if isinstance(value, Message):
+            getattr(target, descriptor.name).SetInParent()
+            getattr(target, descriptor.name).CopyFrom(value)
+        elif isinstance(value, (int, float, str, bytes)):
+            setattr(target, descriptor.name, value)
+        else:
+            getattr(target, descriptor.name).extend(value)
+
+
+def copy_around_tensors(source: Message, target: Message, place: Callable[[TensorProto, TensorProto], None]) -> None:
+    """Copy a protobuf to an empty one, except that each tensor is left to `place(source, target)`."""
+    if isinstance(source, TensorProto) and isinstance(target, TensorProto):
+        place(source, target)
+        return
+    holders = {
+        descriptor.name: value
+        for descriptor, value in source.ListFields()
+        if descriptor.message_type is not None and descriptor.message_type.name in _HOLDERS
+    }
+    copy_fields(source, target, skip=holders.keys())
+    for name, value in holders.items():
+        if isinstance(value, Message):
+            getattr(target, name).SetInParent()
+            copy_around_tensors(value, getattr(target, name), place)
+        else:
+            for item in value:
+                copy_around_tensors(item, getattr(target, name).add(), place)

@@ -1,0 +1,149 @@
+"""The report of a compression: everything that was decided and measured, as one versioned JSON document."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from onnxlr.files import replacing
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from onnxlr.validate import Validation
+
+FORMAT = "onnxlr-report/1"
+
+
+@dataclass(frozen=True, slots=True)
+class WeightReport:
+    """What became of one weight.
+
+    Attributes
+    ----------
+    name, sites
+        The stored constant, and the operators that use it.
+    d_in, d_out
+        Its shape, as `y = x W`.
+    rank
+        Of its pair; None where it stayed dense.
+    reason
+        Why it stayed dense, or why it has just this rank.
+    parameters, parameters_after
+        Elements stored.
+    macs, macs_after
+        Multiply-accumulates of one sample; None where unknown.
+    energy
+        The share of its energy that is kept, in the sense of the objective.
+    predicted_error
+        The relative error of the model's outputs that is predicted for this cut alone.
+    rows
+        Calibration rows that its moments were gathered from; None without data.
+    """
+
+    name: str
+    sites: tuple[str, ...]
+    d_in: int
+    d_out: int
+    rank: int | None
+    reason: str
+    parameters: int
+    parameters_after: int
+    macs: int | None
+    macs_after: float | None
+    energy: float
+    predicted_error: float | None
+    rows: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class RefusalReport:
+    """A linear operator that cannot be compressed, why, and how much of the model it is."""
+
+    name: str
+    op: str
+    reason: str
+    parameters: int
+    macs: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFigures:
+    """Size and speed of a model: four figures that do not stand for one another.
+
+    `macs` are of one sample, `latency_ms` the median of one run of the benchmark's batch, `metric` the task metric on
+    held-out labelled data.
+    """
+
+    parameters: int
+    macs: int | None
+    file_bytes: int
+    latency_ms: float | None = None
+    metric: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A compression, whole.
+
+    Attributes
+    ----------
+    model, fingerprint, output
+        The dense model's path and sha256; the path of the compressed one.
+    config
+        Every setting, defaults included.
+    samples, held_out
+        How many samples were calibrated on and how many validated on.
+    before, after
+        The figures of both models.
+    predicted_error
+        The relative error of the outputs that the plan predicts, where importances were measured.
+    validation
+        Parity on the held-out samples; None without data.
+    latency_ratio
+        Median over pairs of runs in turn, compressed over dense; below 1 is faster.
+    weights, refusals
+        What became of every linear operator.
+    warnings
+        What a user should know before trusting the result.
+    seconds
+        By stage.
+    peak_memory_bytes
+        Largest resident size of the process so far.
+    versions
+        Of onnxlr and of what it ran on.
+    """
+
+    model: str
+    fingerprint: str
+    output: str | None
+    config: dict[str, Any]
+    samples: int
+    held_out: int
+    before: ModelFigures
+    after: ModelFigures
+    predicted_error: float | None
+    validation: Validation | None
+    latency_ratio: float | None
+    weights: tuple[WeightReport, ...]
+    refusals: tuple[RefusalReport, ...]
+    warnings: tuple[str, ...]
+    seconds: dict[str, float]
+    peak_memory_bytes: int
+    versions: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON types, under a "format" that changes when a reader would break."""
+        return {"format": FORMAT, **asdict(self)}
+
+    def save(self, path: Path, *, force: bool = False) -> None:
+        """Write as JSON, whole or not at all.
+
+        Raises
+        ------
+        OutputError
+            `path` exists without `force`, or cannot be written.
+        """
+        with replacing(path, force=force) as temporary:
+            temporary.write_text(json.dumps(self.to_dict(), indent=1) + "\n")

@@ -1,0 +1,142 @@
+"""Tables for people."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from rich.console import RenderableType
+
+    from onnxlr.metrics import OutputParity
+    from onnxlr.report.schema import Report, WeightReport
+    from onnxlr.validate import Validation
+
+
+def render_report(report: Report, *, verbose: bool) -> Iterable[RenderableType]:
+    """What was gained and what it cost; with `verbose`, also what became of every weight and operator."""
+    yield _figures(report)
+    if report.validation is not None:
+        yield _parity(report.validation.outputs, f"Parity on {report.held_out} held-out samples")
+    if verbose:
+        yield _weights(report.weights)
+    kept = [weight for weight in report.weights if weight.rank is None]
+    yield (
+        f"{len(report.weights) - len(kept)} of {len(report.weights)} weights factored, {len(kept)} kept dense, "
+        f"{len(report.refusals)} linear operators not supported"
+        + ("" if verbose else "; reasons with -v or in the report")
+    )
+    for warning in report.warnings if verbose else report.warnings[:3]:
+        yield f"warning: {warning}"
+    if not verbose and len(report.warnings) > 3:
+        yield f"warning: {len(report.warnings) - 3} more with -v or in the report"
+    stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report.seconds.items() if seconds >= 0.05)
+    yield f"{sum(report.seconds.values()):.1f} s ({stages}), peak memory {megabytes(report.peak_memory_bytes)}"
+    if report.output is not None:
+        yield f"written to {report.output}"
+
+
+def _figures(report: Report) -> Table:
+    before, after = report.before, report.after
+    table = _table("", "dense", "compressed", "kept", title=f"{report.config['objective']} objective")
+    table.add_row("parameters", count(before.parameters), count(after.parameters),
+                  percent(after.parameters, before.parameters))  # fmt: skip
+    table.add_row("MACs a sample", count(before.macs), count(after.macs), percent(after.macs, before.macs))
+    table.add_row("file", megabytes(before.file_bytes), megabytes(after.file_bytes),
+                  percent(after.file_bytes, before.file_bytes))  # fmt: skip
+    table.add_row("latency", milliseconds(before.latency_ms), milliseconds(after.latency_ms),
+                  percent(report.latency_ratio, 1))  # fmt: skip
+    if before.metric is not None and after.metric is not None and report.validation is not None:
+        name = report.validation.metric_name or "metric"
+        table.add_row(name, f"{before.metric:.4f}", f"{after.metric:.4f}", percent(after.metric, before.metric))
+    if report.validation is not None:
+        predicted = "" if report.predicted_error is None else f"predicted {report.predicted_error:.4f}"
+        table.add_row("relative error", "", f"{report.validation.error:.4f}", predicted)
+    return table
+
+
+def render_validation(validation: Validation) -> Iterable[RenderableType]:
+    """Parity by output, the metric and the verdict."""
+    yield _parity(validation.outputs, f"{validation.samples} samples")
+    if validation.metric_name is not None:
+        yield f"{validation.metric_name}: {validation.metric_a:.4f} before, {validation.metric_b:.4f} after"
+    verdict = (
+        ""
+        if validation.passed is None
+        else f" against {validation.max_error:g}: " + ("passed" if validation.passed else "FAILED")
+    )
+    yield f"relative error {validation.error:.6g}{verdict}"
+
+
+def _parity(outputs: Sequence[OutputParity], title: str) -> Table:
+    table = _table("output", "relative L2", "max abs", "mean abs", "cosine", "same top-1", title=title)
+    for output in outputs:
+        agreement = output.top1_agreement if output.agreement is None else output.agreement
+        table.add_row(output.name, number(output.relative_l2), number(output.max_abs), number(output.mean_abs),
+                      number(output.cosine, ".6f"), number(agreement, ".4f"))  # fmt: skip
+    return table
+
+
+def _weights(weights: Iterable[WeightReport]) -> Table:
+    table = _table("weight", "sites", "shape", "rank", "params kept", "energy kept", "predicted", "reason")
+    for weight in weights:
+        table.add_row(
+            weight.name,
+            ", ".join(weight.sites),
+            f"{weight.d_in} x {weight.d_out}",
+            "dense" if weight.rank is None else str(weight.rank),
+            percent(weight.parameters_after, weight.parameters),
+            f"{weight.energy:.4f}",
+            number(weight.predicted_error, ".4f"),
+            weight.reason,
+        )
+    return table
+
+
+def render_rows(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A plain table; the first column to the left, figures to the right."""
+    table = _table(*columns, title=title)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _table(*columns: str, title: str | None = None) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    prose = {"reason", "sites", "operator", "why", "weight"}
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 or column in prose else "right", overflow="fold")
+    return table
+
+
+def count(value: float | None) -> str:
+    """A count in thousands, millions or billions."""
+    if value is None:
+        return "unknown"
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g}{unit}" if value < 100 * size else f"{value / size:.0f}{unit}"
+    return f"{value:g}"
+
+
+def megabytes(value: float) -> str:
+    """Bytes in megabytes (10^6)."""
+    return f"{value / 1e6:.2f} MB" if value < 1e8 else f"{value / 1e6:.0f} MB"
+
+
+def milliseconds(value: float | None) -> str:
+    """A latency in milliseconds."""
+    return "not measured" if value is None else f"{value:.2f} ms"
+
+
+def percent(part: float | None, whole: float | None) -> str:
+    """A share in percent."""
+    return "unknown" if part is None or not whole else f"{100 * part / whole:.1f}%"
+
+
+def number(value: Any, form: str = ".4g") -> str:
+    """A figure that may be missing."""
+    return "-" if value is None else format(value, form)

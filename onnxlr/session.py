@@ -1,0 +1,164 @@
+"""Running a model: the only module that imports onnxruntime.
+
+A `Session` is one loaded model on one execution provider. It never falls back to another provider in silence, and it
+can run in streaming order, where every node runs as soon as its inputs exist: probes added to a graph then free the
+activations they read at once, instead of keeping all of them alive to the end of the run.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from onnxlr.data import TensorSpec
+from onnxlr.errors import InstallError, ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from onnxlr.model_io import Model
+
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "rocm": "ROCMExecutionProvider",
+    "openvino": "OpenVINOExecutionProvider",
+    "dml": "DmlExecutionProvider",
+    "coreml": "CoreMLExecutionProvider",
+}
+"""The `--provider` names and onnxruntime's own names of them; any other onnxruntime name is taken as it is."""
+
+
+def import_onnxruntime() -> Any:
+    """The onnxruntime module.
+
+    Raises
+    ------
+    InstallError
+        None of its builds is installed, or two are: they share one folder and break each other.
+    """
+    builds = []
+    for build in ("onnxruntime", "onnxruntime-gpu"):
+        try:
+            importlib.metadata.distribution(build)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        builds.append(build)
+    if len(builds) == 2:
+        raise InstallError(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files: "
+            "`pip uninstall onnxruntime onnxruntime-gpu`, then install one of them"
+        )
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise InstallError(
+            f"onnxruntime cannot be imported ({error}): `pip install 'onnxlr[cpu]'`, or 'onnxlr[gpu]' for CUDA"
+        ) from error
+    return onnxruntime
+
+
+def element_type(name: str) -> np.dtype[Any]:
+    """The numpy dtype of an onnxruntime type such as "tensor(float)"."""
+    element = name.removeprefix("tensor(").removesuffix(")")
+    if element == "bfloat16":
+        import ml_dtypes
+
+        bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+        return bfloat16
+    names = {"float": "float32", "double": "float64", "string": "object"}
+    try:
+        return np.dtype(names.get(element, element))
+    except TypeError:
+        raise ModelError(f"an input or output has the type {name}, which is not a dense tensor of numbers") from None
+
+
+class Session:
+    """A model loaded into onnxruntime.
+
+    Parameters
+    ----------
+    model
+        What to run; its external data are read by onnxruntime from `model.folder`.
+    provider
+        A key of `PROVIDERS`, or onnxruntime's own name of a provider.
+    threads
+        Threads within an operator; 0 leaves it to onnxruntime (one per core).
+    streaming
+        Run nodes in the order that frees tensors soonest, for graphs with added probes or outputs.
+    optimize
+        False switches graph optimizations off: for models that run once, to learn their shapes.
+
+    Raises
+    ------
+    InstallError
+        onnxruntime is missing, or this build or machine lacks the provider.
+    ModelError
+        onnxruntime refuses the model.
+    """
+
+    def __init__(
+        self, model: Model, *, provider: str = "cpu", threads: int = 0, streaming: bool = False, optimize: bool = True
+    ) -> None:
+        ort = import_onnxruntime()
+        self.name = str(model.path or "the model")
+        self.provider = PROVIDERS.get(provider.lower(), provider)
+        if self.provider not in ort.get_available_providers():
+            raise InstallError(
+                f"this onnxruntime build has no {self.provider}: available are "
+                f"{', '.join(ort.get_available_providers())} (for CUDA install 'onnxlr[gpu]')"
+            )
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        options.intra_op_num_threads = threads
+        options.enable_mem_pattern = False  # planned for one shape; batches differ in size and length
+        if streaming:
+            options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+        if not optimize:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", os.fspath(model.folder.resolve())
+        )
+        try:
+            self._session = ort.InferenceSession(model.serialize(), options, providers=[self._provider_options()])
+        except Exception as error:  # onnxruntime raises a dozen unrelated types
+            raise ModelError(f"onnxruntime cannot load {self.name}: {_first_line(error)}") from error
+        if self.provider not in self._session.get_providers():
+            raise InstallError(
+                f"onnxruntime could not start {self.provider} on this machine and fell back to "
+                f"{', '.join(self._session.get_providers())}: check the driver, or choose --provider cpu"
+            )
+        self.inputs = [_spec(argument) for argument in self._session.get_inputs()]
+        self.outputs = [_spec(argument) for argument in self._session.get_outputs()]
+
+    def _provider_options(self) -> str | tuple[str, dict[str, str]]:
+        # TF32 keeps 10 bits of mantissa: moments and parity would be measured through its noise
+        return (self.provider, {"use_tf32": "0"}) if self.provider == PROVIDERS["cuda"] else self.provider
+
+    def run(self, feed: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+        """The named outputs (all, when None) for one feed.
+
+        Raises
+        ------
+        ModelError
+            The model fails on this feed.
+        """
+        names = [spec.name for spec in self.outputs] if outputs is None else list(outputs)
+        try:
+            values = self._session.run(names, dict(feed))
+        except Exception as error:
+            shapes = ", ".join(f"{name} {list(np.shape(array))}" for name, array in list(feed.items())[:4])
+            raise ModelError(f"{self.name} fails on a feed ({shapes}): {_first_line(error)}") from error
+        return dict(zip(names, values, strict=True))
+
+
+def _spec(argument: Any) -> TensorSpec:
+    return TensorSpec(argument.name, element_type(argument.type), tuple(argument.shape))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,66 @@
+"""The shapes of a model's tensors for one sample, found by running it.
+
+Symbolic inference gives up on many exported graphs; a run never does. Every tensor that a matrix product reads or
+writes gets a Shape operator, so that no activation leaves the session.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+
+from onnxlr.model_io import from_proto
+from onnxlr.session import Session
+from onnxlr.sites.macs import COUNTED
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from onnxlr.data import Feed, Sample, TensorSpec
+    from onnxlr.model_io import Model
+
+UNKNOWN_LENGTH = {3: 224, 4: 224}
+"""What a free axis is taken for when there is no data, by the rank of the input: images; else a sequence of 128."""
+SEQUENCE_LENGTH = 128
+
+
+def measure_shapes(model: Model, sample: Sample, *, provider: str = "cpu") -> dict[str, tuple[int, ...]]:
+    """The shapes, for `sample`, of all tensors that counted operators of the main graph read or write.
+
+    Raises
+    ------
+    ModelError
+        The model cannot run on `sample`.
+    """
+    nodes = [node for node in model.proto.graph.node if node.op_type in COUNTED]
+    tensors = list(dict.fromkeys(name for node in nodes for name in (*node.input, *node.output) if name))
+    if not tensors:
+        return {}
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.proto)
+    names = {tensor: f"{tensor}.shape" for tensor in tensors}
+    del proto.graph.output[:]
+    for tensor, name in names.items():
+        proto.graph.node.append(onnx.helper.make_node("Shape", [tensor], [name]))
+        proto.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, None))
+    probed = from_proto(proto, model.folder)
+    found = Session(probed, provider=provider, streaming=True, optimize=False).run(sample)
+    return {tensor: tuple(int(length) for length in found[name]) for tensor, name in names.items()}
+
+
+def synthetic_sample(inputs: Sequence[TensorSpec]) -> Feed:
+    """One sample for a model without data: a batch of 1, free axes at a usual length, normal numbers or ones."""
+    generator = np.random.default_rng(0)
+    sample = {}
+    for spec in inputs:
+        free = UNKNOWN_LENGTH.get(len(spec.shape), SEQUENCE_LENGTH)
+        shape = [
+            length if isinstance(length, int) and length > 0 else (1 if axis == 0 else free)
+            for axis, length in enumerate(spec.shape)
+        ]
+        # ones are valid as token ids, masks, lengths and flags alike
+        whole = spec.dtype.kind in "iub"
+        sample[spec.name] = (np.ones(shape) if whole else generator.standard_normal(shape)).astype(spec.dtype)
+    return sample

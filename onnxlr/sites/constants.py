@@ -1,0 +1,145 @@
+"""Where a node's weight comes from: constants, seen through the operators that only rearrange them."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import onnx.shape_inference
+import onnx_graphsurgeon as gs
+from onnx.reference import ReferenceEvaluator
+from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    from onnxlr.model_io import Model
+
+REARRANGING = frozenset({"Identity", "Cast", "Transpose", "Reshape", "Unsqueeze", "Squeeze", "Flatten"})
+
+
+class GraphView:
+    """A graph with its constants: which tensors are constant, their values, and who reads them.
+
+    `graph` is the graphsurgeon graph of `model`. Values are read on demand, one tensor at a time.
+    """
+
+    def __init__(self, model: Model, graph: gs.Graph) -> None:
+        self.model = model
+        self.graph = graph
+        self.tensors: dict[str, Any] = graph.tensors()
+        self.graph_outputs = {tensor.name for tensor in graph.outputs}
+        proto = model.proto.graph
+        self.sources = {tensor.name: tensor for tensor in proto.initializer}
+        for node in proto.node:
+            if node.op_type == "Constant" and node.attribute[0].name == "value":
+                self.sources[node.output[0]] = node.attribute[0].t
+        # from IR version 4 on, an initializer that is also an input is only a default, which a caller may override
+        inputs = {value.name for value in proto.input} if model.proto.ir_version >= 4 else set()
+        self.overridable = inputs & self.sources.keys()
+
+    def is_constant(self, tensor: gs.Tensor) -> bool:
+        """Whether the tensor's values are fixed by the model and can be read."""
+        if tensor.name in self.sources:
+            return tensor.name not in self.overridable
+        producer = _producer(tensor)
+        return (
+            producer is not None
+            and producer.op in REARRANGING
+            and all(self.is_constant(value) for value in producer.inputs if value.name)
+        )
+
+    def values(self, tensor: gs.Tensor) -> NDArray[Any]:
+        """The values of a constant tensor."""
+        if tensor.name in self.sources:
+            return self.model.array(self.sources[tensor.name])
+        producer = _producer(tensor)
+        assert producer is not None
+        names = [value.name for value in producer.inputs if value.name]
+        feed = {value.name: self.values(value) for value in producer.inputs if value.name}
+        node = OnnxExporter.export_node(producer)
+        inputs = [
+            onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(feed[name].dtype), None)
+            for name in dict.fromkeys(names)
+        ]
+        body = onnx.helper.make_graph([node], "constant", inputs, [onnx.ValueInfoProto(name=tensor.name)])
+        opsets = [onnx.helper.make_opsetid("", self.graph.opset)]
+        evaluated: Any = ReferenceEvaluator(onnx.helper.make_model(body, opset_imports=opsets)).run(None, feed)
+        return np.asarray(evaluated[0])
+
+    def shape(self, tensor: gs.Tensor) -> tuple[int, ...]:
+        """The shape of a constant tensor, without reading its values where the model states it."""
+        if tensor.name in self.sources:
+            return tuple(self.sources[tensor.name].dims)
+        return self.values(tensor).shape
+
+    def dtype(self, tensor: gs.Tensor) -> str:
+        """The name of the numpy dtype of a constant tensor."""
+        if tensor.name in self.sources:
+            return onnx.helper.tensor_dtype_to_np_dtype(self.sources[tensor.name].data_type).name
+        return self.values(tensor).dtype.name
+
+    def rank(self, tensor: gs.Tensor) -> int | None:
+        """The number of axes of any tensor, where the graph or its inferred shapes tell."""
+        if tensor.shape is not None:
+            return len(tensor.shape)
+        return self._inferred_ranks.get(tensor.name)
+
+    @cached_property
+    def _inferred_ranks(self) -> dict[str, int]:
+        try:
+            inferred = onnx.shape_inference.infer_shapes(self.model.proto)
+        except (RuntimeError, ValueError):  # an operator that onnx cannot infer; the rank then stays unknown
+            return {}
+        return {
+            value.name: len(value.type.tensor_type.shape.dim)
+            for value in inferred.graph.value_info
+            if value.type.tensor_type.HasField("shape")
+        }
+
+    def origins(self, tensor: gs.Tensor) -> set[str]:
+        """The names of the floating sources that a constant tensor is made of."""
+        if tensor.name in self.sources:
+            return {tensor.name}
+        producer = _producer(tensor)
+        # the data of every rearranging operator is its first input; shapes and axes are shared between nodes freely
+        return set() if producer is None else self.origins(producer.inputs[0])
+
+    def final_readers(self, source: str) -> Iterator[gs.Node | None]:
+        """The nodes that use a source's values, seen through rearrangements; None where it is a graph output."""
+        pending = [self.tensors[source]]
+        while pending:
+            tensor = pending.pop()
+            if tensor.name in self.graph_outputs:
+                yield None
+            for node in tensor.outputs:
+                if node.op in REARRANGING and node.inputs[0] is tensor and self.is_constant(node.outputs[0]):
+                    pending.append(node.outputs[0])
+                else:
+                    yield node
+
+    def refusal(self, tensor: gs.Tensor) -> str | None:
+        """Why a tensor that looks like a weight is not a readable constant; None where it is an activation."""
+        if tensor.name in self.overridable:
+            return "its weight is also an input of the graph, so a caller may replace it: drop it from the inputs"
+        producer = _producer(tensor)
+        if isinstance(tensor, gs.Constant):
+            return None if tensor.name in self.sources else "its weight is sparse: store it densely"
+        if producer is None:
+            return None
+        if producer.op in ("DequantizeLinear", "DynamicQuantizeLinear") and self._constant_data(producer):
+            return "its weight is quantized: compress before quantizing"
+        if producer.op in REARRANGING and producer.inputs:
+            return self.refusal(producer.inputs[0])
+        return None
+
+    def _constant_data(self, node: gs.Node) -> bool:
+        return bool(node.inputs) and self.is_constant(node.inputs[0])
+
+
+def _producer(tensor: gs.Tensor) -> gs.Node | None:
+    return tensor.inputs[0] if tensor.inputs else None

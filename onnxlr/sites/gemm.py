@@ -1,0 +1,129 @@
+"""Gemm with a constant on either side: `y = alpha op(a) op(b) + beta c`, `op` the transposition that is asked for.
+
+With the weight on the right, `W = alpha op(b)`: the pair is `Gemm(Gemm(op(x), A), B, c)`. With the weight on the left,
+`W = alpha op(a)^T`: features lie on the rows, and the pair is `Gemm(B^T, Gemm(A^T, op(x)), c)`. `alpha` goes into the
+first factor; `beta` and `c` stay with the second.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxlr.sites.base import FLOATING, Bias, Family, Pair, Site
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from onnxlr.sites.constants import GraphView
+
+
+class Gemm(Family):
+    """The operator Gemm."""
+
+    ops = frozenset({"Gemm"})
+
+    def find(self, node: gs.Node, view: GraphView) -> Site | str | None:
+        left, right = (view.is_constant(tensor) for tensor in node.inputs[:2])
+        if left and right:
+            return "both of its operands are constant: fold constants first"
+        if not (left or right):
+            return view.refusal(node.inputs[1]) or view.refusal(node.inputs[0])
+        weight, data = node.inputs[:2] if left else reversed(node.inputs[:2])
+        dtype = view.dtype(weight)
+        if dtype not in FLOATING:
+            return f"its weight has the type {dtype}"
+        if node.attrs.get("alpha", 1.0) == 0.0:
+            return "it multiplies by alpha = 0"
+        weight_flipped = bool(node.attrs.get("transA" if left else "transB", 0))
+        data_flipped = bool(node.attrs.get("transB" if left else "transA", 0))
+        if view.graph.opset < 7:
+            return f"opset {view.graph.opset} broadcasts its addend by an older rule: convert the model to 7 or newer"
+        if data_flipped and view.graph.opset < 11:
+            return f"it transposes its input at opset {view.graph.opset}: convert the model to opset 11 or newer"
+        rows, columns = view.shape(weight)[:: -1 if weight_flipped else 1]
+        d_in, d_out = (columns, rows) if left else (rows, columns)
+        output = node.outputs[0]
+        addend = _addend(node)
+        bias = _vector_addend(node, addend, d_out, -2 if left else -1, view)
+        return Site(
+            name=node.name or output.name,
+            op=node.op,
+            output=output.name,
+            input=data.name,
+            weight=weight.name,
+            d_in=d_in,
+            d_out=d_out,
+            dtype=dtype,
+            input_axis=-1 if left == data_flipped else -2,
+            output_axis=-2 if left else -1,
+            bias=bias,
+            opaque_addend=addend is not None and bias is None,
+        )
+
+    def matrix(self, site: Site, node: gs.Node, stored: NDArray[Any]) -> NDArray[np.float64]:
+        left = site.output_axis == -2
+        flipped = bool(node.attrs.get("transA" if left else "transB", 0))
+        matrix = float(node.attrs.get("alpha", 1.0)) * stored.astype(np.float64)
+        return matrix.T if flipped != left else matrix
+
+    def stored(
+        self, site: Site, node: gs.Node, first: NDArray[Any], second: NDArray[Any]
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        return (first.T, second.T) if site.output_axis == -2 else (first, second)
+
+    def stored_bias(self, site: Site, node: gs.Node, bias: NDArray[Any]) -> NDArray[Any]:
+        return bias[:, None] if site.output_axis == -2 else bias
+
+    def emit(self, graph: gs.Graph, site: Site, node: gs.Node, pair: Pair) -> None:
+        left = site.output_axis == -2
+        output = node.outputs[0]
+        data = next(tensor for tensor in node.inputs[:2] if tensor.name == site.input)
+        hidden = gs.Variable(pair.hidden, dtype=output.dtype)
+        appended_add = pair.bias is not None and site.opaque_addend
+        product = gs.Variable(f"{site.output}/product", dtype=output.dtype) if appended_add else output
+        addend = _addend(node) if pair.bias is None or appended_add else pair.bias
+        flip = "transB" if left else "transA"
+        flipped = bool(node.attrs.get(flip, 0))
+        keep_beta = {"beta": node.attrs["beta"]} if "beta" in node.attrs and _addend(node) is not None else {}
+        node.outputs.clear()
+        # without its addend a Gemm exists from opset 11 on only; MatMul is the same operator wherever it can be had
+        graph.nodes.extend(
+            [
+                gs.Node(
+                    "Gemm" if flipped else "MatMul",
+                    f"{site.name}/first",
+                    attrs={flip: 1} if flipped else {},
+                    inputs=[pair.first, data] if left else [data, pair.first],
+                    outputs=[hidden],
+                ),
+                gs.Node(
+                    "MatMul" if addend is None else "Gemm",
+                    f"{site.name}/second",
+                    attrs=keep_beta,
+                    inputs=([pair.second, hidden] if left else [hidden, pair.second])
+                    + ([] if addend is None else [addend]),
+                    outputs=[product],
+                ),
+            ]
+        )
+        if appended_add:
+            graph.nodes.append(gs.Node("Add", f"{site.name}/mean", inputs=[product, pair.bias], outputs=[output]))
+        node.inputs.clear()
+        graph.nodes.remove(node)
+
+
+def _addend(node: gs.Node) -> gs.Tensor | None:
+    present = len(node.inputs) > 2 and node.inputs[2].name and node.attrs.get("beta", 1.0) != 0.0
+    return node.inputs[2] if present else None
+
+
+def _vector_addend(node: gs.Node, addend: gs.Tensor | None, d_out: int, axis: int, view: GraphView) -> Bias | None:
+    if addend is None or not view.is_constant(addend):
+        return None
+    shape = view.shape(addend)
+    if len(shape) >= -axis and shape[axis] == d_out and int(np.prod(shape)) == d_out:
+        return Bias(addend.name, float(node.attrs.get("beta", 1.0)), node.outputs[0].name)
+    return None

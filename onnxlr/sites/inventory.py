@@ -1,0 +1,287 @@
+"""Everything linear in a graph: sites grouped by the weight that they share, and refusals with their reasons.
+
+Sites with one weight are one `Weight`: their moments add up and it is factored once. That holds for one initializer
+that several nodes read, and for copies that an exporter made of a tied weight, plain or transposed, which are found by
+their content after every site's weight has been laid out as `W [d_in, d_out]`.
+"""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from math import prod
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from onnxlr.sites.base import Family, Refusal, Site
+from onnxlr.sites.constants import GraphView
+from onnxlr.sites.gemm import Gemm
+from onnxlr.sites.macs import macs
+from onnxlr.sites.matmul import MatMul
+from onnxlr.sites.unsupported import REASONS
+from onnxlr.surgery import open_graph
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    import onnx
+    import onnx_graphsurgeon as gs
+    from numpy.typing import NDArray
+
+    from onnxlr.model_io import Model
+
+FAMILIES: dict[str, Family] = {op: family for family in (MatMul(), Gemm()) for op in family.ops}
+"""The family of every operator that can be compressed."""
+
+ONNX_DOMAINS = ("", "ai.onnx", None)
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One weight `W [d_in, d_out]` and the sites that use it.
+
+    `sources` are the stored constants it is read from (several where an exporter copied it), `parameters` their
+    elements together. `macs` are those of all its sites for one sample, None where unknown.
+    """
+
+    name: str
+    d_in: int
+    d_out: int
+    dtype: str
+    sites: tuple[Site, ...]
+    sources: tuple[str, ...]
+    parameters: int
+    macs: int | None
+
+    @property
+    def observes_output(self) -> bool:
+        """Whether the outputs are the smaller side to gather moments of, at every one of its sites."""
+        return all(site.observes_output for site in self.sites)
+
+    def matches(self, pattern: str) -> bool:
+        """Whether a shell pattern matches its own name, or the name or module of one of its sites."""
+        names = {self.name, *(site.name for site in self.sites), *self.labels}
+        return any(fnmatchcase(name, pattern) for name in names)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What people know its sites by."""
+        return tuple(site.label for site in self.sites)
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """A model's linear operators.
+
+    Attributes
+    ----------
+    weights
+        What can be compressed.
+    refusals
+        What cannot, and why.
+    parameters
+        Elements of all the model's weights: every constant but those of integer and boolean index types.
+    macs
+        Multiply-accumulates of one sample over all operators whose shapes are known; None without shapes.
+    uncounted
+        Names of the nodes that multiply but whose shapes are unknown, so that `macs` lacks them.
+    nodes, view
+        The graph that was searched: its nodes by their first output, and its constants.
+    """
+
+    model: Model
+    weights: tuple[Weight, ...]
+    refusals: tuple[Refusal, ...]
+    parameters: int
+    macs: int | None
+    uncounted: tuple[str, ...]
+    nodes: Mapping[str, gs.Node] = field(repr=False)
+    view: GraphView = field(repr=False)
+
+    def matrix(self, weight: Weight) -> NDArray[np.float64]:
+        """`W [d_in, d_out]`, float64, read from the model now."""
+        return _matrix(weight.sites[0], self.nodes, self.view)
+
+    def own_bias(self, site: Site) -> NDArray[np.float64] | None:
+        """The constant vector [d_out] which the site's own node adds to its output; None for an Add behind it."""
+        if site.bias is None or site.bias.reader != site.output:
+            return None
+        values = self.view.values(self.view.tensors[site.bias.tensor])
+        return site.bias.scale * values.ravel().astype(np.float64)
+
+
+def parameter_count(model: Model) -> int:
+    """Elements of all constants in the main graph that hold numbers rather than indices, shapes or flags."""
+    graph = model.proto.graph
+    constants = list(graph.initializer)
+    constants += [node.attribute[0].t for node in graph.node if _is_tensor_constant(node)]
+    constants += [sparse.values for sparse in graph.sparse_initializer]
+    counted = (t for t in constants if t.data_type not in _INDEX_TYPES)
+    return sum(prod(tensor.dims) for tensor in counted)
+
+
+_INDEX_TYPES = frozenset({6, 7, 8, 9, 12, 13})  # TensorProto's int32, int64, string, bool, uint32, uint64
+
+
+def _is_tensor_constant(node: onnx.NodeProto) -> bool:
+    return bool(node.op_type == "Constant" and node.attribute[0].name == "value")
+
+
+def take_inventory(model: Model, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Inventory:
+    """Find every linear operator of `model`.
+
+    Parameters
+    ----------
+    model
+        The model; weights are read one at a time, to recognise copies.
+    shapes
+        Shapes of the tensors for one sample, by name, to count multiply-accumulates with.
+    """
+    graph = open_graph(model.proto)
+    view = GraphView(model, graph)
+    shapes = shapes or {}
+    nodes = {node.outputs[0].name: node for node in graph.nodes if node.outputs}
+
+    modules = _torch_modules(model)
+    sites: list[Site] = []
+    refusals = [
+        _refusal(node, "it is inside the body of a control-flow operator: not supported yet", view, {})
+        for body in graph.subgraphs(recursive=True)
+        for node in body.nodes
+        if node.op in FAMILIES or node.op in REASONS
+    ]
+    refusals += [
+        Refusal(
+            node.name or node.output[0], node.op_type, f"it is inside the function {function.name!r}: inline it", ()
+        )
+        for function in model.proto.functions
+        for node in function.node
+        if node.op_type in FAMILIES or node.op_type in REASONS
+    ]
+    for node in graph.nodes:
+        family = FAMILIES.get(node.op) if node.domain in ONNX_DOMAINS else None
+        found: Site | str | None = None
+        if family is not None:
+            found = family.find(node, view)
+        elif node.op in REASONS and _reads_constant_matrix(node, view):
+            found = REASONS[node.op]
+        if isinstance(found, Site):
+            sites.append(replace(found, module=modules.get(found.output)))
+        elif found is not None:
+            refusals.append(_refusal(node, found, view, shapes))
+
+    weights = []
+    for members in _by_content(sites, nodes, view):
+        sources = _sources(members, view)
+        reason = _shared_with_others(members, sources, nodes, view)
+        if reason is not None:
+            refusals += [_refusal(nodes[site.output], reason, view, shapes) for site in members]
+            continue
+        counts = [macs(nodes[site.output], shapes) for site in members]
+        first = members[0]
+        weights.append(
+            Weight(
+                name=min(sources),
+                d_in=first.d_in,
+                d_out=first.d_out,
+                dtype=first.dtype,
+                sites=tuple(members),
+                sources=sources,
+                parameters=sum(prod(view.shape(view.tensors[source])) for source in sources),
+                macs=None if None in counts else sum(count for count in counts if count is not None),
+            )
+        )
+
+    per_node = {node.name or node.outputs[0].name: macs(node, shapes) for node in graph.nodes if node.outputs}
+    return Inventory(
+        model=model,
+        weights=tuple(weights),
+        refusals=tuple(refusals),
+        parameters=parameter_count(model),
+        macs=sum(count for count in per_node.values() if count is not None) if shapes else None,
+        uncounted=tuple(name for name, count in per_node.items() if count is None) if shapes else (),
+        nodes=nodes,
+        view=view,
+    )
+
+
+def _torch_modules(model: Model) -> dict[str, str]:
+    """The innermost torch module of every node, by output, as torch's exporter leaves it in the node's metadata."""
+    modules = {}
+    for node in model.proto.graph.node:
+        for entry in node.metadata_props:
+            if entry.key == "pkg.torch.onnx.name_scopes":
+                try:
+                    scopes = ast.literal_eval(entry.value)
+                except (ValueError, SyntaxError):
+                    continue
+                if len(scopes) > 1 and scopes[-2]:
+                    modules[node.output[0]] = str(scopes[-2])
+    return modules
+
+
+def _matrix(site: Site, nodes: Mapping[str, gs.Node], view: GraphView) -> NDArray[np.float64]:
+    return FAMILIES[site.op].matrix(site, nodes[site.output], view.values(view.tensors[site.weight]))
+
+
+def _by_content(sites: list[Site], nodes: Mapping[str, gs.Node], view: GraphView) -> Iterator[list[Site]]:
+    """Groups of sites with equal `W`, in the order of their first site."""
+    groups: dict[tuple[int, int, str, bytes], list[list[Site]]] = {}
+    for site in sites:
+        matrix = _matrix(site, nodes, view)
+        sample = matrix[:: max(1, site.d_in // 8), :: max(1, site.d_out // 8)].tobytes()
+        candidates = groups.setdefault((site.d_in, site.d_out, site.dtype, sample), [])
+        for members in candidates:
+            if np.array_equal(_matrix(members[0], nodes, view), matrix):
+                members.append(site)
+                break
+        else:
+            candidates.append([site])
+    order = {site.output: index for index, site in enumerate(sites)}
+    everything = [members for candidates in groups.values() for members in candidates]
+    yield from sorted(everything, key=lambda members: order[members[0].output])
+
+
+def _sources(members: list[Site], view: GraphView) -> tuple[str, ...]:
+    return tuple(sorted({source for site in members for source in view.origins(view.tensors[site.weight])}))
+
+
+def _shared_with_others(
+    members: list[Site], sources: tuple[str, ...], nodes: Mapping[str, gs.Node], view: GraphView
+) -> str | None:
+    """Why factoring would not make the stored weight go away: somebody else needs it too."""
+    own = [nodes[site.output] for site in members]
+    for source in sources:
+        for reader in view.final_readers(source):
+            if reader is None:
+                return f"its weight {source!r} is also an output of the graph"
+            if not any(reader is node for node in own):
+                name = reader.name or (reader.outputs[0].name if reader.outputs else "?")
+                return f"its weight {source!r} is also read by {reader.op} {name!r}, so a pair would only add to it"
+    return None
+
+
+def _refusal(node: gs.Node, reason: str, view: GraphView, shapes: Mapping[str, tuple[int, ...]]) -> Refusal:
+    constants = [tensor for tensor in node.inputs if tensor.name and view.is_constant(tensor)]
+    sources = sorted({source for tensor in constants for source in view.origins(tensor)} & view.tensors.keys())
+    weights = [source for source in sources if len(view.sources[source].dims) > 1]
+    return Refusal(
+        name=node.name or (node.outputs[0].name if node.outputs else "?"),
+        op=node.op,
+        reason=reason,
+        sources=tuple(weights),
+        parameters=sum(prod(view.sources[source].dims) for source in weights),
+        macs=macs(node, shapes) if shapes else None,
+    )
+
+
+def _reads_constant_matrix(node: gs.Node, view: GraphView) -> bool:
+    return any(
+        view.is_constant(tensor)
+        and len(view.shape(tensor)) > 1
+        and view.dtype(tensor) not in ("int64", "int32", "bool")
+        for tensor in node.inputs
+        if tensor.name
+    )

@@ -1,0 +1,72 @@
+"""Multiply-accumulate operations of a node, from the shapes of its tensors.
+
+Counted are the operators that multiply matrices or convolve; elementwise operators count nothing, as everywhere in the
+field.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import onnx_graphsurgeon as gs
+
+    Shape = tuple[int, ...]
+
+MATRIX_PRODUCTS = frozenset(
+    {
+        "MatMul",
+        "FusedMatMul",
+        "TransposeMatMul",
+        "FusedMatMulActivation",
+        "MatMulInteger",
+        "MatMulIntegerToFloat",
+        "DynamicQuantizeMatMul",
+    }
+)
+CONVOLUTIONS = frozenset({"Conv", "FusedConv", "ConvInteger"})
+RECURRENT = {"LSTM": 4, "GRU": 3, "RNN": 1, "DynamicQuantizeLSTM": 4}
+COUNTED = MATRIX_PRODUCTS | CONVOLUTIONS | RECURRENT.keys() | {
+    "Gemm", "FusedGemm", "QGemm", "QLinearMatMul", "QLinearConv", "ConvTranspose", "MatMulNBits", "Attention",
+}  # fmt: skip
+
+
+def macs(node: gs.Node, shapes: Mapping[str, Shape]) -> int | None:
+    """Multiply-accumulates of one run of `node`; None where a shape is unknown, 0 for operators not counted."""
+    if node.op not in COUNTED:
+        return 0
+    try:
+        return _count(node, shapes)
+    except (KeyError, IndexError):
+        return None
+
+
+def _count(node: gs.Node, shapes: Mapping[str, Shape]) -> int:
+    def of(index: int) -> Shape:
+        return shapes[node.inputs[index].name]
+
+    output = shapes[node.outputs[0].name]
+    if node.op in MATRIX_PRODUCTS:
+        inner = of(0)[-2 if node.attrs.get("transA", 0) and len(of(0)) > 1 else -1]
+        return prod(output) * inner
+    if node.op in ("Gemm", "FusedGemm", "QGemm"):
+        return prod(output) * of(0)[0 if node.attrs.get("transA", 0) else 1]
+    if node.op == "QLinearMatMul":
+        return prod(output) * of(0)[-1]
+    if node.op == "MatMulNBits":
+        return prod(output) * int(node.attrs["K"])
+    if node.op in CONVOLUTIONS:
+        return prod(output) * prod(of(1)[1:])
+    if node.op == "QLinearConv":
+        return prod(output) * prod(of(3)[1:])
+    if node.op == "ConvTranspose":
+        return prod(of(0)) * prod(of(1)[1:])
+    if node.op in RECURRENT:
+        steps, batch = of(0)[:2]
+        return steps * batch * (prod(of(1)) + prod(of(2)))
+    batch, length, width = of(0)  # com.microsoft Attention: packed projection, scores, mixing
+    packed = of(1)[1]
+    return batch * length * (width * packed + 2 * length * packed // 3)

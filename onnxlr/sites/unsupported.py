@@ -1,0 +1,43 @@
+"""Linear operators that are not compressed yet, each with its reason.
+
+They are listed with their share of the model, so that nothing is left out in silence. A family that learns to compress
+one of them takes it off this list.
+"""
+
+from __future__ import annotations
+
+QUANTIZED = "it is quantized already: compress before quantizing"
+LATER = "this operator is not supported yet"
+
+REASONS = {
+    "Conv": f"convolution: {LATER}",
+    "ConvTranspose": f"transposed convolution: {LATER}",
+    "Gather": f"embedding table: {LATER}",
+    "Einsum": LATER,
+    "LSTM": f"recurrent weights: {LATER}",
+    "GRU": f"recurrent weights: {LATER}",
+    "RNN": f"recurrent weights: {LATER}",
+    "Attention": f"packed attention weights: {LATER}",
+    "PackedAttention": f"packed attention weights: {LATER}",
+    "DecoderMaskedSelfAttention": f"packed attention weights: {LATER}",
+    "FusedMatMul": f"fused operator: {LATER}",
+    "TransposeMatMul": f"fused operator: {LATER}",
+    "FusedGemm": f"fused operator: {LATER}",
+    "FusedMatMulActivation": f"fused operator: {LATER}",
+    "FusedConv": f"fused operator: {LATER}",
+    "MatMulInteger": QUANTIZED,
+    "MatMulIntegerToFloat": QUANTIZED,
+    "DynamicQuantizeMatMul": QUANTIZED,
+    "QLinearMatMul": QUANTIZED,
+    "QGemm": QUANTIZED,
+    "QAttention": QUANTIZED,
+    "QLinearConv": QUANTIZED,
+    "ConvInteger": QUANTIZED,
+    "MatMulNBits": QUANTIZED,
+    "MatMulBnb4": QUANTIZED,
+    "DynamicQuantizeLSTM": QUANTIZED,
+    "QOrderedMatMul": QUANTIZED,
+    "QOrderedAttention": QUANTIZED,
+    "QEmbedLayerNormalization": QUANTIZED,
+}
+"""By operator type, in any domain; only nodes that read a constant matrix (two axes or more) count."""

@@ -1,0 +1,261 @@
+"""Which weights are cut, and at which rank, so that a target is met.
+
+A budget (`keep_params`, `keep_macs`) is allocated over the whole model by `onnxlr.plan`. For that the damages of all
+weights must be in one unit, and a layer's own error is not: some layers' errors never reach the output, others grow.
+So each weight's importance is measured. It alone is cut to a middle rank, the rest stays dense, and the squared
+relative error `e^2` of the model's outputs is read off; its damage at any rank `r` is then predicted as
+`e^2 damage(r) / damage(middle)`. The predictions of all weights add up to that of the model's squared error, as long
+as the errors are small and independent.
+
+A bound on the error or the task metric is met by bisection over the budget; every step runs the whole plan on held-out
+data, so the prediction only ranks the plans and never vouches for one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from onnxlr.errors import GateError
+from onnxlr.plan import BudgetTooSmall, Option, allocate, pair_ranks
+from onnxlr.rewrite import pair_parameters
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from onnxlr.config import Config
+    from onnxlr.factorize import Decomposition, Factors
+    from onnxlr.sites import Inventory, Weight
+    from onnxlr.trial import Trial
+
+    Unit = Literal["params", "macs"]
+
+SEARCH_STEPS = 10
+"""Plans tried in a search: the smallest model is found to within 0.2% of the range of budgets."""
+IMPORTANCE_SAMPLES = 16
+"""Held-out samples on which the importance of every weight is measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A weight that takes part, ready to be cut; `ranks` are those on offer, `fixed` the one demanded, if any."""
+
+    weight: Weight
+    decomposition: Decomposition
+    ranks: Sequence[int]
+    fixed: int | None = None
+
+    def cut(self, rank: int) -> Factors:
+        """Its factors at `rank`."""
+        return self.decomposition.cut(rank)
+
+
+def offered_ranks(weight: Weight, config: Config) -> list[int]:
+    """The ranks at which a pair of `weight` is worth having."""
+    return pair_ranks(weight.d_in, weight.d_out, config.rank_multiple, config.margin)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Rank (None is dense) and factors by weight, and the squared relative error predicted for each cut alone.
+
+    `predicted` is None where no importance was measured.
+    """
+
+    ranks: Mapping[str, int | None]
+    factors: Mapping[str, Factors]
+    predicted: Mapping[str, float] | None
+
+
+class Planner:
+    """Allocates budgets over `parts`.
+
+    Parameters
+    ----------
+    inventory
+        The model; what it holds besides `parts` belongs to every budget.
+    parts
+        The weights that may be cut.
+    importance
+        Squared error of the outputs for each unit of a weight's damage; None weighs all weights by their relative
+        damage alone.
+    corrected
+        Whether pairs carry biases.
+    """
+
+    def __init__(
+        self, inventory: Inventory, parts: Sequence[Part], importance: Mapping[str, float] | None, *, corrected: bool
+    ) -> None:
+        self._inventory, self._parts, self._corrected = inventory, parts, corrected
+        self._importance = importance
+
+    def predicted(self, part: Part, rank: int | None) -> float:
+        """The squared relative error of the model's outputs if `part` alone is cut at `rank`."""
+        if rank is None:
+            return 0.0
+        scale = 1 / part.decomposition.total if self._importance is None else self._importance.get(part.weight.name, 0)
+        return scale * part.decomposition.damage(rank)
+
+    def cost(self, part: Part, rank: int | None, unit: Unit) -> float:
+        """Parameters, or multiply-accumulates of one sample, of `part` at `rank`."""
+        weight = part.weight
+        if unit == "params":
+            dense = weight.parameters
+            if rank is None:
+                return dense
+            return pair_parameters(self._inventory, weight, rank, corrected=self._corrected)
+        macs = weight.macs or 0
+        return macs if rank is None else macs * rank * (weight.d_in + weight.d_out) / (weight.d_in * weight.d_out)
+
+    def _options(self, part: Part, unit: Unit) -> list[Option]:
+        def option(rank: int | None) -> Option:
+            return Option(rank, self.cost(part, rank, unit), self.predicted(part, rank))
+
+        if part.fixed is not None:
+            return [option(part.fixed)]
+        dense = option(None)
+        return [dense, *(pair for pair in map(option, part.ranks) if pair.cost < dense.cost)]
+
+    def fits(self, budget: float, unit: Unit) -> dict[str, int | None]:
+        """Ranks under which the whole model costs at most `budget`.
+
+        Raises
+        ------
+        GateError
+            There are none; the least share that can be met is said.
+        """
+        whole = self.whole(unit)
+        rest = whole - sum(self.cost(part, None, unit) for part in self._parts)
+        try:
+            chosen = allocate({p.weight.name: self._options(p, unit) for p in self._parts}, budget - rest)
+        except BudgetTooSmall as refusal:
+            least = math.ceil((refusal.minimum + rest) / whole * 1000) / 1000
+            raise GateError(
+                f"--keep-{unit} {budget / whole:g} cannot be reached: what stays dense and the least ranks of the "
+                f"rest keep {least:g} of the model; ask for at least that, or offer lower ranks with --rank-multiple"
+            ) from None
+        return {name: option.rank for name, option in chosen.items()}
+
+    def least(self, unit: Unit) -> float:
+        """The least budget that `fits` can meet."""
+        saved = sum(
+            self.cost(part, None, unit) - min(option.cost for option in self._options(part, unit))
+            for part in self._parts
+        )
+        return self.whole(unit) - saved
+
+    def whole(self, unit: Unit) -> int:
+        """What the dense model costs."""
+        return self._inventory.parameters if unit == "params" else self._inventory.macs or 0
+
+
+def by_energy(parts: Sequence[Part], energy: float, config: Config) -> Plan:
+    """Every weight at the least rank that keeps `energy`, rounded up to the multiple; dense where that is no gain."""
+    ranks: dict[str, int | None] = {}
+    factors: dict[str, Factors] = {}
+    for part in parts:
+        name = part.weight.name
+        if part.fixed is not None:
+            ranks[name], factors[name] = part.fixed, part.cut(part.fixed)
+            continue
+        rank = -(-part.decomposition.rank_for(energy) // config.rank_multiple) * config.rank_multiple
+        if part.ranks and rank <= part.ranks[-1]:
+            ranks[name], factors[name] = rank, part.decomposition.cut_by_energy(energy, rank)
+        else:
+            ranks[name] = None
+    return Plan(ranks, factors, None)
+
+
+class Chooser:
+    """Finds the plan that meets the configured target.
+
+    Parameters
+    ----------
+    inventory, parts
+        The model, and its weights that take part.
+    trial
+        The same weights with free ranks, on held-out samples.
+    config
+        The target.
+    metric
+        The task metric of a plan, and that of the dense model; needed for the target min_metric_kept.
+    progress
+        Called with (stage, steps done, steps in all).
+    """
+
+    def __init__(
+        self,
+        inventory: Inventory,
+        parts: Sequence[Part],
+        trial: Trial,
+        config: Config,
+        progress: Callable[[str, int, int | None], None],
+    ) -> None:
+        self._parts, self._trial, self._target, self._progress = parts, trial, config.target, progress
+        self._planner = Planner(inventory, parts, self._importance(), corrected=config.objective == "output")
+
+    def _importance(self) -> dict[str, float]:
+        importance = {}
+        for part in self._parts:
+            if part.ranks:
+                middle = part.ranks[len(part.ranks) // 2]
+                damage = part.decomposition.damage(middle)
+                cut = {part.weight.name: part.cut(middle)}
+                error = self._trial.error(cut, samples=IMPORTANCE_SAMPLES) if damage > 0 else 0.0
+                importance[part.weight.name] = error**2 / damage if damage > 0 else 0.0
+            self._progress("importance", 1, len(self._parts))
+        return importance
+
+    def plan(self, limit: float) -> Plan:
+        """The plan that keeps `limit` of the target's quantity, or stays within it.
+
+        Raises
+        ------
+        GateError
+            There is none; the message says what can be reached.
+        """
+        kind = self._target.kind
+        if kind == "keep_params":
+            return self._plan(self._planner.fits(limit * self._planner.whole("params"), "params"))
+        if kind == "keep_macs":
+            return self._plan(self._planner.fits(limit * self._planner.whole("macs"), "macs"))
+        if kind == "max_error":
+            return self._smallest(lambda factors: self._trial.error(factors), lambda error: error <= limit)
+        dense = self._trial.metric({})
+        return self._smallest(self._trial.metric, lambda metric: metric >= limit * dense)
+
+    def _plan(self, ranks: Mapping[str, int | None]) -> Plan:
+        factors = {
+            part.weight.name: part.cut(rank) for part in self._parts if (rank := ranks[part.weight.name]) is not None
+        }
+        predicted = {part.weight.name: self._planner.predicted(part, ranks[part.weight.name]) for part in self._parts}
+        return Plan(ranks, factors, predicted)
+
+    def _smallest(self, measure: Callable[[Mapping[str, Factors]], float], accepts: Callable[[float], bool]) -> Plan:
+        """The plan of the fewest parameters whose measure is accepted, by bisection over the budget.
+
+        What is accepted is taken to grow with the budget; the plan given back was itself measured.
+        """
+        low, high = self._planner.least("params"), float(self._planner.whole("params"))
+        best, budget = None, low
+        for _ in range(SEARCH_STEPS):
+            plan = self._plan(self._planner.fits(budget, "params"))
+            if accepts(measure(plan.factors)):
+                best, high = plan, budget
+            else:
+                low = budget
+            self._progress("search", 1, SEARCH_STEPS)
+            if high <= low:
+                break
+            budget = (low + high) / 2
+        if best is not None:
+            return best
+        plan = self._plan(self._planner.fits(self._planner.whole("params"), "params"))
+        reached = measure(plan.factors)
+        if not accepts(reached):
+            raise GateError(
+                f"--{self._target} cannot be reached: even with every rank that is not fixed left dense it is "
+                f"{reached:.4g}; drop or raise the ranks given with --rank"
+            )
+        return plan
