@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 
-from onnxlr.data import batches
+from onnxlr.data import batches, has_batch_axis
 from onnxlr.errors import DataError, StatsError
 from onnxlr.gram import Moments, Stats
 from onnxlr.metrics import token_rows
@@ -131,14 +131,15 @@ def accumulate(
         mask = mask_of(feed, config.mask)
         for probe in wanted:
             rows = rows_of(activations[probe[0]], probe[1], mask)
-            moments = Moments.of(rows)
+            with np.errstate(invalid="ignore", over="ignore"):
+                moments = Moments.of(rows)
             if not np.isfinite(moments.gram).all():
                 raise DataError(
                     f"tensor {probe[0]!r} holds NaN or infinite values in the batch from sample {count}: "
                     "check the model and the data with onnxruntime"
                 )
             sums[probe] = sums[probe] + moments if probe in sums else moments
-        size = len(next(iter(feed.values()))) if feed else 1
+        size = len(next(iter(feed.values()))) if has_batch_axis(inputs) else 1
         count += size
         progress(size)
     if not count:
@@ -156,8 +157,12 @@ def _hashed(samples: Iterable[Sample], digest: Any) -> Iterator[Sample]:
     for sample in samples:
         for name in sorted(sample):
             digest.update(f"{name}{sample[name].shape}{sample[name].dtype}".encode())
-            digest.update(np.ascontiguousarray(sample[name]).view(np.uint8).data)
+            digest.update(_bytes_of(sample[name]))
         yield sample
+
+
+def _bytes_of(array: NDArray[Any]) -> bytes:
+    return "\0".join(map(str, array.ravel())).encode() if array.dtype.kind in "OUS" else array.tobytes()
 
 
 def weight_moments(stats: Stats, inventory: Inventory, weight: Weight, objective: Objective) -> Moments:
@@ -170,7 +175,7 @@ def weight_moments(stats: Stats, inventory: Inventory, weight: Weight, objective
     StatsError
         `stats` lacks them.
     """
-    parts: dict[tuple[str, str], Moments] = {}
+    parts = []
     for site in weight.sites:
         probe = site_probe(weight, site, objective)
         assert probe is not None
@@ -183,8 +188,8 @@ def weight_moments(stats: Stats, inventory: Inventory, weight: Weight, objective
         moments, bias = stats.moments[key], inventory.own_bias(site)
         if probe[0] == site.output and bias is not None:
             moments = moments.shifted(-bias)
-        parts[key, "" if probe[0] == site.input else site.output] = moments
-    total, *rest = parts.values()
+        parts.append(moments)
+    total, *rest = parts
     for part in rest:
         total = total + part
     return total

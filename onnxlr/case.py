@@ -6,11 +6,12 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx
 
 from onnxlr.calibrate import accumulate
 from onnxlr.config import Config
-from onnxlr.data import ImageOptions, batches, fixed_batch, open_data, split
+from onnxlr.data import ImageOptions, batches, fixed_batch, load_labels, open_data, split
 from onnxlr.errors import ConfigError, DataError, ModelError, StatsError
 from onnxlr.model_io import Model, from_proto, load
 from onnxlr.session import Session
@@ -20,6 +21,8 @@ from onnxlr.sites import take_inventory
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
+
+    from numpy.typing import NDArray
 
     from onnxlr.data import Dataset, TensorSpec
     from onnxlr.gram import Stats
@@ -183,3 +186,53 @@ def require_same_model(stats: Stats, model: Model) -> Stats:
     if stats.model != model.fingerprint():
         raise StatsError("these moments were gathered on another model: run `onnxlr calibrate` on this one")
     return stats
+
+
+def require_same_division(stats: Stats, config: Config) -> Stats:
+    """`stats`, if the samples that they held out are those that are held out now.
+
+    Raises
+    ------
+    StatsError
+        They are not: the result would be validated on samples that it was calibrated on.
+    """
+    if stats.holdout_every != config.holdout_every:
+        raise StatsError(
+            f"these moments held out one sample of {stats.holdout_every}, this run one of {config.holdout_every}: it "
+            f"would validate on samples that were calibrated on; give --holdout-every {stats.holdout_every}"
+        )
+    return stats
+
+
+def require_held_out(case: Case) -> None:
+    """Refuse data that leave nothing to validate on, before the work begins.
+
+    Raises
+    ------
+    DataError
+        Fewer samples are held out than one run of the model takes.
+    """
+    size = fixed_batch(case.inputs) or 1
+    held_out = sum(1 for _ in islice(case.held_out.read(), size))
+    if held_out < size:
+        raise DataError(
+            f"{case.held_out.name}: {held_out} samples to validate on, at least {size} are needed: give more data, or "
+            "hold out a larger share with --holdout-every"
+        )
+
+
+def load_truth(case: Case, labels: str | Path | NDArray[Any]) -> NDArray[Any]:
+    """The labels, if there is one for every sample of the whole data.
+
+    Raises
+    ------
+    DataError
+        The file cannot be read, or their number is another.
+    """
+    truth = labels if isinstance(labels, np.ndarray) else load_labels(labels)
+    count = sum(1 for part in (case.calibration, case.held_out) for _ in part.read())
+    if len(truth) != count:
+        raise DataError(
+            f"--labels: {len(truth)} labels for {count} samples of --calib: give one a sample, in the order of the data"
+        )
+    return truth

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -37,7 +38,9 @@ class Target:
     def __post_init__(self) -> None:
         if self.kind not in TARGETS:
             raise ConfigError(f"unknown target {self.kind!r}: choose one of {', '.join(TARGETS)}")
-        if not (0 < self.value <= 1 or (self.kind == "max_error" and self.value > 0)):
+        if self.kind == "max_error" and not (self.value > 0 and math.isfinite(self.value)):
+            raise ConfigError(f"max_error must be above 0 and finite, not {self.value}")
+        if self.kind != "max_error" and not 0 < self.value <= 1:
             raise ConfigError(f"{self.kind} must be above 0 and at most 1, not {self.value}")
 
     def __str__(self) -> str:

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnxlr.bench import Latency, compare_latency
 from onnxlr.case import calibrate, quiet
 from onnxlr.config import Config, Target
 from onnxlr.data import batches, load_labels, open_data
@@ -15,7 +14,7 @@ from onnxlr.errors import DataError
 from onnxlr.model_io import load
 from onnxlr.pipeline import compress
 from onnxlr.polygraphy_files import Verdict, run_comparator
-from onnxlr.report.terminal import count, megabytes, percent, render_rows
+from onnxlr.report.terminal import count, megabytes, milliseconds, percent, render_rows
 from onnxlr.session import Session
 from onnxlr.validate import Validation, validate
 
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from onnxlr.case import Progress
     from onnxlr.report import Report
 
-KEPT = (0.5, 0.35, 0.25)
+KEPT = (0.5, 0.25)
 """The shares of the model's parameters that the demo keeps, one after another."""
 
 
@@ -49,19 +48,17 @@ def sample_folder() -> Path:
 
 @dataclass(frozen=True, slots=True)
 class DemoRow:
-    """One compressed model beside the dense one: the compression, the test set, and the time of a batch of 8."""
+    """One compressed model beside the dense one: the compression, the test set, and Polygraphy's opinion."""
 
     report: Report
     test: Validation
     polygraphy: tuple[Verdict, ...]
-    latency: Latency
 
 
 @dataclass(frozen=True, slots=True)
 class Demo:
-    """What the demo saw: the dense model's latency in ms, and a row for every share kept."""
+    """What the demo saw: a row for every share kept."""
 
-    dense_ms: float
     rows: tuple[DemoRow, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,7 +73,7 @@ class Demo:
         assert first.test.metric_a is not None
         table = [
             ["dense", count(before.parameters), count(before.macs), megabytes(before.file_bytes),
-             f"{self.dense_ms:.2f} ms", f"{100 * first.test.metric_a:.2f}%", "", "", ""]
+             milliseconds(before.latency_ms), f"{100 * first.test.metric_a:.2f}%", "", "", ""]
         ]  # fmt: skip
         for row in self.rows:
             after = row.report.after
@@ -84,7 +81,7 @@ class Demo:
             table.append(
                 [f"keep {row.report.config['target']['value']:.0%}",
                  f"{count(after.parameters)}", percent(after.macs, before.macs), megabytes(after.file_bytes),
-                 percent(row.latency.ratio, 1), f"{100 * row.test.metric_b:.2f}%",
+                 percent(row.report.latency_ratio, 1), f"{100 * row.test.metric_b:.2f}%",
                  percent(row.test.outputs[0].top1_agreement, 1), f"{row.test.error:.4f}",
                  "passed" if all(v.passed for v in row.polygraphy) else "FAILED"]
             )  # fmt: skip
@@ -126,6 +123,5 @@ def run_demo(progress: Progress = quiet) -> Demo:
             )
             feed = next(batches(test, 8, inputs))
             verdicts = run_comparator(folder / "model.onnx", output, [feed], max_error=0.1)
-            times = compare_latency([dense, small], feed)
-            rows.append((times[0].median_ms, DemoRow(report, parity, verdicts, times[1])))
-    return Demo(rows[0][0], tuple(row for _, row in rows))
+            rows.append(DemoRow(report, parity, verdicts))
+    return Demo(tuple(rows))

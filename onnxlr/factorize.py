@@ -131,30 +131,32 @@ class OutputDecomposition(_Ordered):
         ridge: float = RIDGE,
     ) -> None:
         self._weight = weight
-        if observed_output:
-            self._mean = moments.mean
-            self._basis = self._of_output(moments.covariance, ridge).vectors[:, : min(weight.shape)]
-        else:
-            self._mean = moments.mean @ weight
-            self._basis = self._of_input(moments.covariance, ridge).vectors
+        self._mean = moments.mean if observed_output else moments.mean @ weight
+        # less is what rounding leaves of the covariance of a constant
+        floor = np.finfo(np.float64).eps * max(moments.count, moments.dim) * float(self._mean @ self._mean)
         covariance = moments.covariance
+        if observed_output:
+            self._basis = self._of_output(covariance, ridge, floor).vectors[:, : min(weight.shape)]
+        else:
+            self._basis = self._of_input(covariance, ridge, floor).vectors
         seen = self._basis if observed_output else weight @ self._basis
         super().__init__(np.maximum(np.einsum("ir,ir->r", seen, covariance @ seen), 0.0))
 
-    def _of_output(self, covariance: Matrix, ridge: float) -> Spectrum:
+    def _of_output(self, covariance: Matrix, ridge: float, floor: float) -> Spectrum:
         gram = self._weight.T @ self._weight
         energy = np.trace(covariance)
-        if energy <= 0:
+        if energy <= floor:
             return eigen(gram)
         return eigen(covariance + ridge * energy / max(np.trace(gram), np.finfo(np.float64).tiny) * gram)
 
-    def _of_input(self, covariance: Matrix, ridge: float) -> Spectrum:
+    def _of_input(self, covariance: Matrix, ridge: float, floor: float) -> Spectrum:
         squared = max(float(np.sum(self._weight**2)), np.finfo(np.float64).tiny)
         energy = float(np.sum(self._weight * (covariance @ self._weight)))
-        identity = np.eye(len(covariance))
-        if energy <= 0:
-            return output_spectrum(self._weight, eigen(identity))
-        return output_spectrum(self._weight, eigen(covariance + ridge * energy / squared * identity))
+        if energy <= floor:
+            return output_spectrum(self._weight, eigen(np.eye(len(covariance))))
+        inputs = eigen(covariance)
+        # added to the spectrum, where what rounding made negative is 0 already: every direction keeps its ridge
+        return output_spectrum(self._weight, Spectrum(inputs.values + ridge * energy / squared, inputs.vectors))
 
     def cut(self, rank: int) -> Factors:
         kept = self._basis[:, :rank]
@@ -210,6 +212,6 @@ def balanced(factors: Factors) -> Factors:
     """
     left, upper = scipy.linalg.qr(factors.first, mode="economic", check_finite=False)
     right, lower = scipy.linalg.qr(factors.second.T, mode="economic", check_finite=False)
-    u, singular, vt = scipy.linalg.svd(upper @ lower.T, check_finite=False)
+    u, singular, vt = scipy.linalg.svd(upper @ lower.T, full_matrices=False, check_finite=False)
     root = np.sqrt(singular)
     return Factors((left @ u) * root, root[:, None] * (vt @ right.T), factors.bias)

@@ -20,16 +20,19 @@ def require_writable(path: Path, *, force: bool) -> None:
     Raises
     ------
     OutputError
-        `path` exists and `force` is not set, is a folder, or its folder is missing or read-only.
+        `path` exists and `force` is not set, is a folder, cannot be looked at, or its folder is missing or read-only.
     """
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder: name a file in it")
-    if path.exists() and not force:
-        raise OutputError(f"{path} exists already: pass --force to replace it, or choose another name")
-    if not path.parent.is_dir():
-        raise OutputError(f"the folder {path.parent} does not exist: create it first")
-    if not os.access(path.parent, os.W_OK):
-        raise OutputError(f"the folder {path.parent} is read-only: choose another one")
+    try:
+        if path.is_dir():
+            raise OutputError(f"{path} is a folder: name a file in it")
+        if path.exists() and not force:
+            raise OutputError(f"{path} exists already: pass --force to replace it, or choose another name")
+        if not path.parent.is_dir():
+            raise OutputError(f"the folder {path.parent} does not exist: create it first")
+        if not os.access(path.parent, os.W_OK):
+            raise OutputError(f"the folder {path.parent} is read-only: choose another one")
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 @contextmanager

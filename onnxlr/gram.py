@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from onnxlr.errors import StatsError
+from onnxlr.errors import OutputError, StatsError
 from onnxlr.files import replacing
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class Stats:
     samples
         Samples that were calibrated on, held-out ones left out.
     moments
-        By key: "input:<tensor>" or "output:<tensor>".
+        By tensor; ":rows" is appended to its name where the features lie on axis -2.
     holdout_every
         Every how many samples one was held out and never calibrated on.
     """
@@ -145,7 +145,10 @@ class Stats:
             "rows": json.dumps({key: value.count for key, value in self.moments.items()}),
         }
         with replacing(path, force=force) as temporary:
-            save_file(tensors, temporary, metadata=header)
+            try:
+                save_file(tensors, temporary, metadata=header)
+            except SafetensorError as error:
+                raise OutputError(f"{path} cannot be written: {error}") from error
 
     @classmethod
     def load(cls, path: Path) -> Stats:
@@ -165,14 +168,18 @@ class Stats:
                     key: Moments(count, file.get_tensor(f"{key}/total"), file.get_tensor(f"{key}/gram"))
                     for key, count in json.loads(header["rows"]).items()
                 }
+                return cls(
+                    header["model"],
+                    tuple(json.loads(header["data"])),
+                    int(header["samples"]),
+                    int(header["holdout_every"]),
+                    moments,
+                )
         except FileNotFoundError:
             raise StatsError(f"{path} does not exist: write it with `onnxlr calibrate`") from None
         except (SafetensorError, OSError) as error:
             raise StatsError(f"{path} cannot be read as a moments file: {error}") from error
-        return cls(
-            header["model"],
-            tuple(json.loads(header["data"])),
-            int(header["samples"]),
-            int(header["holdout_every"]),
-            moments,
-        )
+        except (KeyError, ValueError) as error:
+            raise StatsError(
+                f"{path} is damaged, its header gives {error!r}: write it anew with `onnxlr calibrate`"
+            ) from error

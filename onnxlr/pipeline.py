@@ -10,20 +10,18 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from onnxlr.bench import compare_latency
 from onnxlr.calibrate import weight_moments
-from onnxlr.case import gather, prepare, quiet, require_same_model
+from onnxlr.case import gather, load_truth, prepare, quiet, require_held_out, require_same_division, require_same_model
 from onnxlr.config import Config
-from onnxlr.data import ImageOptions, batches, load_labels
+from onnxlr.data import ImageOptions, batches, fixed_batch, spread
 from onnxlr.errors import ConfigError, GateError, ModelError
 from onnxlr.factorize import OutputDecomposition, UtilizedDecomposition, WeightDecomposition
 from onnxlr.files import require_writable
+from onnxlr.metrics import load_metric
 from onnxlr.model_io import check, load, save
 from onnxlr.report import ModelFigures, RefusalReport, Report, WeightReport
 from onnxlr.rewrite import pair_parameters, rewrite
@@ -36,6 +34,7 @@ from onnxlr.validate import validate
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from onnxlr.case import Case, ModelLike, Progress
@@ -48,6 +47,8 @@ if TYPE_CHECKING:
 
 SEARCH_SAMPLES = 256
 """Held-out samples that a search runs again and again; the final validation takes all of them."""
+IMPORTANCE_SAMPLES = 16
+"""Calibration samples on which the importance of every weight is measured."""
 ATTEMPTS = 3
 """Searches for a target, each stricter than the one before, until all held-out samples agree that it is met."""
 
@@ -95,15 +96,21 @@ def compress(
     config = config or Config()
     if config.target.kind == "min_metric_kept" and labels is None:
         raise ConfigError("--min-metric-kept needs --labels: one label for every sample of --calib")
+    if config.metric != "top1" and labels is None:
+        raise ConfigError(f"--metric {config.metric} needs --labels: one label for every sample of --calib")
+    load_metric(config.metric)
+    if stats is not None and config.objective == "weight":
+        raise ConfigError("the objective weight uses no moments: leave --stats out, or choose another --objective")
     path = None if output is None else Path(output)
     if path is not None:
         require_writable(path, force=force)
     clock = Clock()
     with clock.stage("prepare"):
         case = prepare(model, calib, config, images or ImageOptions())
-        truth = labels if labels is None or isinstance(labels, np.ndarray) else load_labels(labels)
+        truth = None if labels is None else load_truth(case, labels)
+        require_held_out(case)
     if stats is not None:
-        require_same_model(stats, case.model)
+        require_same_division(require_same_model(stats, case.model), config)
     elif config.objective != "weight":
         with clock.stage("calibrate"):
             stats = gather(case, config, progress)
@@ -113,17 +120,17 @@ def compress(
             parts.append(_part(case, weight, stats, config))
             progress("decompose", 1, len(case.weights))
     plan, compressed, validation = _meet_target(case, parts, config, truth, clock, progress)
+    with clock.stage("benchmark"):
+        feed = next(iter(batches(case.held_out, config.batch, case.inputs)))
+        dense, low_rank = compare_latency(
+            [case.model, compressed], feed, provider=config.provider, threads=config.threads
+        )
     file_bytes = len(compressed.serialize()) if path is None else 0
     if path is not None:
         with clock.stage("save"):
             # a model that the checker refuses to begin with is not made worse by its compression
             save(compressed, path, force=force, check=_passes_check(case.model))
             file_bytes = load(path).nbytes
-    with clock.stage("benchmark"):
-        feed = next(iter(batches(case.held_out, config.batch, case.inputs)))
-        dense, low_rank = compare_latency(
-            [case.model, compressed], feed, provider=config.provider, threads=config.threads
-        )
     weights = _weight_reports(case, parts, plan, config, stats)
     macs = case.inventory.macs
     saved = sum(w.macs - w.macs_after for w in weights if w.macs is not None and w.macs_after is not None)
@@ -189,9 +196,10 @@ def _meet_target(
 ) -> tuple[Plan, Model, Validation]:
     """A plan, its model, and the validation that shows the target met on all held-out samples."""
     target, chooser = config.target, None
-    if target.kind != "energy":
+    # nothing to cut meets every bound, but no budget below the whole
+    if target.kind != "energy" and (parts or target.kind.startswith("keep")):
         with clock.stage("importance"):
-            chooser = Chooser(case.inventory, parts, _trial(case, config, labels), config, progress)
+            chooser = _chooser(case, parts, config, labels, progress)
     limit = target.value
     for _ in range(ATTEMPTS):
         with clock.stage("search"):
@@ -232,17 +240,16 @@ def _metric_kept(validation: Validation, share: float) -> bool:
     return validation.metric_b >= share * validation.metric_a
 
 
-def _trial(case: Case, config: Config, labels: NDArray[np.int64] | None) -> Trial:
-    numbered = list(islice(case.held_out.indexed(), SEARCH_SAMPLES))
-    return Trial(
-        case.inventory,
-        case.weights,
-        [sample for _, sample in numbered],
-        case.inputs,
-        config,
-        corrected=config.objective == "output",
-        labels=None if labels is None else labels[[index for index, _ in numbered]],
-    )
+def _chooser(
+    case: Case, parts: Sequence[Part], config: Config, labels: NDArray[np.int64] | None, progress: Progress
+) -> Chooser:
+    trial = Trial(case.inventory, case.weights, case.inputs, config, corrected=config.objective == "output")
+    probed = trial.observe(spread(case.calibration, max(IMPORTANCE_SAMPLES, fixed_batch(case.inputs) or 1)))
+    numbered = list(spread(case.held_out, SEARCH_SAMPLES).indexed())
+    truth = None if labels is None else labels[[index for index, _ in numbered]]
+    searched = config.target.kind in ("max_error", "min_metric_kept")
+    held_out = trial.observe((sample for _, sample in numbered), truth) if searched else []
+    return Chooser(case.inventory, parts, trial, probed, held_out, config, progress)
 
 
 def _passes_check(model: Model) -> bool:
@@ -294,7 +301,7 @@ def _reason(part: Part, rank: int | None, config: Config) -> str:
     if part.fixed is not None:
         return "its rank was given"
     if rank is not None:
-        return f"{config.target}"
+        return f"chosen for {config.target}"
     if not part.ranks:
         return (
             f"no pair is smaller: no multiple of {config.rank_multiple} is within {config.margin:g} of its break-even "
@@ -314,11 +321,17 @@ def _warnings(case: Case, weights: Sequence[WeightReport], stats: Stats | None) 
                 f"{weight.name}: {weight.rows} calibration rows for {observed} dimensions; directions that no row "
                 "shows are ranked by the weight alone, so calibrate on more data"
             )
+        if weight.rank is not None and weight.parameters_after > weight.parameters:
+            yield (
+                f"{weight.name}: its pair of rank {weight.rank} is larger than the dense weight; a rank below "
+                f"{weight.d_in * weight.d_out / (weight.d_in + weight.d_out):.1f} would make it smaller"
+            )
     if case.inventory.uncounted:
         listed = ", ".join(case.inventory.uncounted[:3])
         yield f"the multiply-accumulates of {len(case.inventory.uncounted)} operators are unknown ({listed})"
     if not any(weight.rank is not None for weight in weights):
-        yield "nothing was compressed: the target leaves every weight dense"
+        why = "the target leaves every weight dense" if weights else "the model has no weight that can be compressed"
+        yield f"nothing was compressed: {why}"
 
 
 @dataclass(slots=True)

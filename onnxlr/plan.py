@@ -47,12 +47,15 @@ class BudgetTooSmall(ValueError):  # noqa: N818 -- what happened, not that somet
 
 
 def lower_hull(options: Sequence[Option]) -> list[Option]:
-    """The options on the lower convex hull of (cost, damage), by rising cost and falling damage."""
+    """The options on the lower convex hull of (cost, damage), by rising cost and falling damage.
+
+    Those on a straight edge belong to it: small steps spend a budget better than large ones.
+    """
     hull: list[Option] = []
     for option in sorted(options, key=lambda o: (o.cost, o.damage)):
         if hull and option.damage >= hull[-1].damage:
             continue
-        while len(hull) >= 2 and _slope(hull[-2], hull[-1]) >= _slope(hull[-2], option):
+        while len(hull) >= 2 and _slope(hull[-2], hull[-1]) > _slope(hull[-2], option):
             hull.pop()
         hull.append(option)
     return hull
@@ -79,9 +82,10 @@ def allocate(options: Mapping[str, Sequence[Option]], budget: float) -> dict[str
     """
     hulls = {name: lower_hull(choices) for name, choices in options.items()}
     chosen = {name: hull[0] for name, hull in hulls.items()}
-    left = budget - sum(option.cost for option in chosen.values())
-    if left < 0:
-        raise BudgetTooSmall(budget - left)
+    least = sum(option.cost for option in chosen.values())
+    if least > budget:
+        raise BudgetTooSmall(least)
+    left = budget - least
 
     steps = [(_slope(hull[0], hull[1]), name, 1) for name, hull in hulls.items() if len(hull) > 1]
     heapq.heapify(steps)

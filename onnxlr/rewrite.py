@@ -57,7 +57,7 @@ def lay_out(inventory: Inventory, weight: Weight, factors: Factors) -> list[Site
     for site in weight.sites:
         node, family = inventory.nodes[site.output], FAMILIES[site.op]
         first, second = family.stored(site, node, factors.first, factors.second)
-        layout = (site.output_axis, first.ndim)
+        layout = (site.output_axis, site.leading_ones)
         if layout not in layouts:
             layouts.append(layout)
         suffix = f".{layouts.index(layout)}" if layouts.index(layout) else ""
@@ -100,6 +100,7 @@ def emit(inventory: Inventory, layouts: Iterable[SiteArrays], make: Make) -> Mod
     model = inventory.model
     graph = open_graph(model.proto)
     nodes = {node.outputs[0].name: node for node in graph.nodes if node.outputs}
+    names = set(graph.tensors())
     made: dict[str, gs.Tensor] = {}
 
     def tensor(named: tuple[str, NDArray[Any]]) -> gs.Tensor:
@@ -115,7 +116,10 @@ def emit(inventory: Inventory, layouts: Iterable[SiteArrays], make: Make) -> Mod
             index = next(i for i, value in enumerate(adding.inputs) if value.name == site.bias.tensor)
             adding.inputs[index] = bias
             bias = None
-        pair = Pair(tensor(arrays.first), tensor(arrays.second), bias, f"{site.output}.lr_hidden")
+        hidden = f"{site.output}.lr_hidden"
+        while hidden in names:  # left by an earlier compression of the same model
+            hidden += "_"
+        pair = Pair(tensor(arrays.first), tensor(arrays.second), bias, hidden)
         FAMILIES[site.op].emit(graph, site, nodes[site.output], pair)
     return from_proto(close_graph(graph, model.proto), model.folder)
 
@@ -139,15 +143,11 @@ def rewrite(inventory: Inventory, factors: Mapping[str, Factors]) -> Model:
 
 def pair_parameters(inventory: Inventory, weight: Weight, rank: int, *, corrected: bool) -> int:
     """Elements that the pairs of `weight` store at `rank`, with new biases where `corrected`."""
-    layouts = {(site.output_axis, len(_stored_shape(inventory, site))) for site in weight.sites}
+    layouts = {(site.output_axis, site.leading_ones) for site in weight.sites}
     count = len(layouts) * rank * (weight.d_in + weight.d_out)
     if corrected:
         count += sum(weight.d_out for site in weight.sites if _bias_is_new(inventory, site))
     return count
-
-
-def _stored_shape(inventory: Inventory, site: Site) -> tuple[int, ...]:
-    return inventory.view.shape(inventory.view.tensors[site.weight])
 
 
 def _bias_is_new(inventory: Inventory, site: Site) -> bool:

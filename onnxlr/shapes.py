@@ -40,7 +40,7 @@ def measure_shapes(model: Model, sample: Sample, *, provider: str = "cpu") -> di
         return {}
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
-    names = {tensor: f"{tensor}.shape" for tensor in tensors}
+    names = {tensor: f"onnxlr.shape/{index}" for index, tensor in enumerate(tensors)}
     del proto.graph.output[:]
     for tensor, name in names.items():
         proto.graph.node.append(onnx.helper.make_node("Shape", [tensor], [name]))

@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from onnxlr.config import Config
     from onnxlr.factorize import Decomposition, Factors
     from onnxlr.sites import Inventory, Weight
-    from onnxlr.trial import Trial
+    from onnxlr.trial import Observed, Trial
 
     Unit = Literal["params", "macs"]
 
 SEARCH_STEPS = 10
 """Plans tried in a search: the smallest model is found to within 0.2% of the range of budgets."""
-IMPORTANCE_SAMPLES = 16
-"""Held-out samples on which the importance of every weight is measured."""
+ROUNDING = 1 + 1e-13
+"""On every budget: 0.29 of 100 parameters is 28.999999999999996, and 29 must fit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +94,11 @@ class Planner:
         """The squared relative error of the model's outputs if `part` alone is cut at `rank`."""
         if rank is None:
             return 0.0
+        damage = part.decomposition.damage(rank)
+        if damage == 0:
+            return 0.0  # whatever its importance: a weight of zeros has no relative damage, an infinite one no product
         scale = 1 / part.decomposition.total if self._importance is None else self._importance.get(part.weight.name, 0)
-        return scale * part.decomposition.damage(rank)
+        return scale * damage
 
     def cost(self, part: Part, rank: int | None, unit: Unit) -> float:
         """Parameters, or multiply-accumulates of one sample, of `part` at `rank`."""
@@ -126,11 +129,13 @@ class Planner:
             There are none; the least share that can be met is said.
         """
         whole = self.whole(unit)
+        if not whole:
+            raise GateError(f"--keep-{unit} cannot be met: the model has no {unit} that could be counted")
         rest = whole - sum(self.cost(part, None, unit) for part in self._parts)
         try:
-            chosen = allocate({p.weight.name: self._options(p, unit) for p in self._parts}, budget - rest)
+            chosen = allocate({p.weight.name: self._options(p, unit) for p in self._parts}, budget * ROUNDING - rest)
         except BudgetTooSmall as refusal:
-            least = math.ceil((refusal.minimum + rest) / whole * 1000) / 1000
+            least = math.ceil((refusal.minimum + rest) / ROUNDING / whole * 1000) / 1000
             raise GateError(
                 f"--keep-{unit} {budget / whole:g} cannot be reached: what stays dense and the least ranks of the "
                 f"rest keep {least:g} of the model; ask for at least that, or offer lower ranks with --rank-multiple"
@@ -175,11 +180,13 @@ class Chooser:
     inventory, parts
         The model, and its weights that take part.
     trial
-        The same weights with free ranks, on held-out samples.
+        The same weights with free ranks.
+    probed
+        Calibration samples, on which the importance of every weight is measured.
+    held_out
+        Held-out samples, on which a search is judged; with labels for the target min_metric_kept.
     config
         The target.
-    metric
-        The task metric of a plan, and that of the dense model; needed for the target min_metric_kept.
     progress
         Called with (stage, steps done, steps in all).
     """
@@ -189,20 +196,23 @@ class Chooser:
         inventory: Inventory,
         parts: Sequence[Part],
         trial: Trial,
+        probed: Observed,
+        held_out: Observed,
         config: Config,
         progress: Callable[[str, int, int | None], None],
     ) -> None:
-        self._parts, self._trial, self._target, self._progress = parts, trial, config.target, progress
-        self._planner = Planner(inventory, parts, self._importance(), corrected=config.objective == "output")
+        self._parts, self._trial, self._held_out = parts, trial, held_out
+        self._target, self._progress = config.target, progress
+        self._planner = Planner(inventory, parts, self._importance(probed), corrected=config.objective == "output")
 
-    def _importance(self) -> dict[str, float]:
+    def _importance(self, probed: Observed) -> dict[str, float]:
         importance = {}
         for part in self._parts:
             if part.ranks:
                 middle = part.ranks[len(part.ranks) // 2]
                 damage = part.decomposition.damage(middle)
                 cut = {part.weight.name: part.cut(middle)}
-                error = self._trial.error(cut, samples=IMPORTANCE_SAMPLES) if damage > 0 else 0.0
+                error = self._trial.error(cut, probed) if damage > 0 else 0.0
                 importance[part.weight.name] = error**2 / damage if damage > 0 else 0.0
             self._progress("importance", 1, len(self._parts))
         return importance
@@ -221,8 +231,8 @@ class Chooser:
         if kind == "keep_macs":
             return self._plan(self._planner.fits(limit * self._planner.whole("macs"), "macs"))
         if kind == "max_error":
-            return self._smallest(lambda factors: self._trial.error(factors), lambda error: error <= limit)
-        dense = self._trial.metric({})
+            return self._smallest(self._trial.error, lambda error: error <= limit)
+        dense = self._trial.metric({}, self._held_out)
         return self._smallest(self._trial.metric, lambda metric: metric >= limit * dense)
 
     def _plan(self, ranks: Mapping[str, int | None]) -> Plan:
@@ -232,16 +242,19 @@ class Chooser:
         predicted = {part.weight.name: self._planner.predicted(part, ranks[part.weight.name]) for part in self._parts}
         return Plan(ranks, factors, predicted)
 
-    def _smallest(self, measure: Callable[[Mapping[str, Factors]], float], accepts: Callable[[float], bool]) -> Plan:
+    def _smallest(
+        self, measure: Callable[[Mapping[str, Factors], Observed], float], accepts: Callable[[float], bool]
+    ) -> Plan:
         """The plan of the fewest parameters whose measure is accepted, by bisection over the budget.
 
         What is accepted is taken to grow with the budget; the plan given back was itself measured.
         """
-        low, high = self._planner.least("params"), float(self._planner.whole("params"))
+        low = self._planner.least("params")
+        most = high = max(low, float(self._planner.whole("params")))  # given ranks may cost more than dense weights
         best, budget = None, low
         for _ in range(SEARCH_STEPS):
             plan = self._plan(self._planner.fits(budget, "params"))
-            if accepts(measure(plan.factors)):
+            if accepts(measure(plan.factors, self._held_out)):
                 best, high = plan, budget
             else:
                 low = budget
@@ -251,8 +264,8 @@ class Chooser:
             budget = (low + high) / 2
         if best is not None:
             return best
-        plan = self._plan(self._planner.fits(self._planner.whole("params"), "params"))
-        reached = measure(plan.factors)
+        plan = self._plan(self._planner.fits(most, "params"))
+        reached = measure(plan.factors, self._held_out)
         if not accepts(reached):
             raise GateError(
                 f"--{self._target} cannot be reached: even with every rank that is not fixed left dense it is "

@@ -31,10 +31,12 @@ if TYPE_CHECKING:
     from onnxlr.sites import Inventory, Weight
 
     Outputs = Mapping[str, NDArray[Any]]
+    Observed = Sequence[tuple[Feed, Outputs, NDArray[Any] | None]]
+    """By batch: what the dense model was fed, what it gave, and the labels."""
 
 
 class Trial:
-    """A model with free ranks, compared with itself on a fixed set of samples.
+    """A model with free ranks, compared with itself on samples that are observed first and stay in memory.
 
     Parameters
     ----------
@@ -42,16 +44,12 @@ class Trial:
         The model.
     weights
         Those whose rank is to be tried.
-    samples
-        Held-out samples; they and the dense model's outputs on them stay in memory.
     inputs
         The model's inputs.
     config
         Batch size, mask, metric, provider and threads are used.
     corrected
         Whether the factors to come carry a bias.
-    labels
-        One a sample, for `metric`.
 
     Raises
     ------
@@ -63,18 +61,14 @@ class Trial:
         self,
         inventory: Inventory,
         weights: Sequence[Weight],
-        samples: Iterable[Sample],
         inputs: Sequence[TensorSpec],
         config: Config,
         *,
         corrected: bool,
-        labels: NDArray[Any] | None = None,
     ) -> None:
         self._inventory, self._weights, self._inputs = inventory, weights, inputs
-        self._mask, self._labels, self._metric = config.mask, labels, config.metric
-        run = Session(inventory.model, provider=config.provider, threads=config.threads).run
-        self._feeds: list[Feed] = list(batches(samples, config.batch, inputs))
-        self._references = [run(feed) for feed in self._feeds]
+        self._batch, self._mask, self._metric = config.batch, config.mask, config.metric
+        self._reference = Session(inventory.model, provider=config.provider, threads=config.threads)
         self._dense = {weight.name: _dense(inventory.matrix(weight), corrected) for weight in weights}
         self._session = Session(self._with_free_ranks(), provider=config.provider, threads=config.threads)
         self._dense_arrays = {weight.name: self._arrays(weight, self._dense[weight.name]) for weight in weights}
@@ -99,36 +93,39 @@ class Trial:
         named = [pair for arrays in layouts for pair in (arrays.first, arrays.second, arrays.bias) if pair is not None]
         return dict(named)
 
-    def outputs(
-        self, factors: Mapping[str, Factors], samples: int | None = None
-    ) -> Iterator[tuple[Feed, Outputs, Outputs]]:
-        """(feed, dense outputs, outputs with the weights in `factors` cut), batch by batch.
+    def observe(self, samples: Iterable[Sample], labels: NDArray[Any] | None = None) -> Observed:
+        """Run the dense model on `samples`, to compare plans with; `labels`, one a sample, are for `metric`."""
+        observed = []
+        first = 0
+        for feed in batches(samples, self._batch, self._inputs):
+            rows = self._rows(feed)
+            own = None if labels is None else labels[first : first + rows]
+            observed.append((feed, self._reference.run(feed), own))
+            first += rows
+        return observed
 
-        `samples` ends it after the batch that completes so many.
-        """
+    def _outputs(self, factors: Mapping[str, Factors], observed: Observed) -> Iterator[Outputs]:
         arrays: dict[str, NDArray[Any]] = {}
         for weight in self._weights:
             cut = weight.name in factors
             arrays |= self._arrays(weight, factors[weight.name]) if cut else self._dense_arrays[weight.name]
-        done = 0
-        for feed, reference in zip(self._feeds, self._references, strict=True):
-            if samples is not None and done >= samples:
-                return
-            yield feed, reference, self._session.run({**feed, **arrays})
-            done += self._rows(feed)
+        for feed, _, _ in observed:
+            yield self._session.run({**feed, **arrays})
 
-    def error(self, factors: Mapping[str, Factors], samples: int | None = None) -> float:
+    def error(self, factors: Mapping[str, Factors], observed: Observed) -> float:
         """The relative error of the outputs with the weights in `factors` cut and all others dense."""
-        return relative_error(compare(self.outputs(factors, samples), mask=self._mask))
+        runs = (
+            (feed, reference, candidate)
+            for (feed, reference, _), candidate in zip(observed, self._outputs(factors, observed), strict=True)
+        )
+        return relative_error(compare(runs, mask=self._mask))
 
-    def metric(self, factors: Mapping[str, Factors]) -> float:
-        """The task metric with the weights in `factors` cut, on the labels given."""
-        assert self._labels is not None
-        mean, done = MeanMetric(self._metric, load_metric(self._metric)), 0
-        for feed, _, candidate in self.outputs(factors):
-            rows = self._rows(feed)
-            mean.update(candidate, self._labels[done : done + rows])
-            done += rows
+    def metric(self, factors: Mapping[str, Factors], observed: Observed) -> float:
+        """The task metric with the weights in `factors` cut, on samples observed with their labels."""
+        mean = MeanMetric(self._metric, load_metric(self._metric))
+        for (_, _, labels), candidate in zip(observed, self._outputs(factors, observed), strict=True):
+            assert labels is not None
+            mean.update(candidate, labels)
         assert mean.value is not None
         return mean.value
 

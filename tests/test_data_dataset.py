@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxlr.data import Dataset, TensorSpec, batches, fixed_batch, has_batch_axis, open_data, split
+from onnxlr.data import Dataset, TensorSpec, batches, fixed_batch, has_batch_axis, open_data, split, spread
 from onnxlr.errors import ConfigError
 
 FLOAT = np.dtype(np.float32)
@@ -74,6 +74,17 @@ def test_a_part_loads_no_sample_of_the_other() -> None:
 
     whole = Dataset("deferred", lambda: ((i, lambda i=i: load(i)) for i in range(8)))
     assert numbers(split(whole, 4)[1]) == loaded == [1, 5]
+
+
+@given(count=st.integers(0, 40), wanted=st.integers(1, 12))
+def test_spread_takes_distinct_samples_from_end_to_end(count: int, wanted: int) -> None:
+    whole = Dataset("whole", lambda: ((i, lambda i=i: sequence(i, 1)) for i in range(count)))
+    taken = numbers(spread(whole, wanted))
+    assert len(taken) == len(set(taken)) == min(count, wanted)
+    assert taken == sorted(taken)
+    if min(count, wanted) > 1:
+        assert (taken[0], taken[-1]) == (0, count - 1)
+        assert max(b - a for a, b in pairwise(taken)) <= -(-(count - 1) // (len(taken) - 1))
 
 
 @given(lengths=st.lists(st.integers(1, 3), max_size=40), size=st.integers(1, 9))

@@ -14,7 +14,7 @@ Neither torch nor onnxruntime is imported here; onnx, Polygraphy and Pillow only
 """
 
 from onnxlr.data.arrays import load_labels
-from onnxlr.data.dataset import Dataset, batches, split
+from onnxlr.data.dataset import Dataset, batches, split, spread
 from onnxlr.data.images import ImageOptions
 from onnxlr.data.source import open_data
 from onnxlr.data.spec import Feed, Sample, TensorSpec, fixed_batch, has_batch_axis
@@ -31,4 +31,5 @@ __all__ = [
     "load_labels",
     "open_data",
     "split",
+    "spread",
 ]

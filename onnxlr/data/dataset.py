@@ -69,6 +69,17 @@ def split(dataset: Dataset, holdout_every: int = 8) -> tuple[Dataset, Dataset]:
     return Dataset(f"{dataset.name} (calibration)", part(False)), Dataset(f"{dataset.name} (held out)", part(True))
 
 
+def spread(dataset: Dataset, count: int) -> Dataset:
+    """A view of at most `count` samples, evenly spaced over the data set: files sorted by class show every class."""
+
+    def read() -> Iterator[tuple[int, Deferred]]:
+        items = list(dataset.read())
+        for position in np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int):
+            yield items[position]
+
+    return Dataset(dataset.name, read)
+
+
 def batches(samples: Iterable[Sample], size: int, inputs: Sequence[TensorSpec]) -> Iterator[Feed]:
     """Merge consecutive samples along axis 0 into feeds, in order.
 

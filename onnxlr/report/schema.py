@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -134,8 +135,12 @@ class Report:
     versions: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types, under a "format" that changes when a reader would break."""
-        return {"format": FORMAT, **asdict(self)}
+        """As plain JSON types, under a "format" that changes when a reader would break.
+
+        JSON knows no infinity and no NaN (an error is infinite where a reference output is all zero): they become the
+        strings "Infinity", "-Infinity" and "NaN", and null stays what was not measured.
+        """
+        return {"format": FORMAT, **_plain(asdict(self))}
 
     def save(self, path: Path, *, force: bool = False) -> None:
         """Write as JSON, whole or not at all.
@@ -146,4 +151,14 @@ class Report:
             `path` exists without `force`, or cannot be written.
         """
         with replacing(path, force=force) as temporary:
-            temporary.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+            temporary.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value

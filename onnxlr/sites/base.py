@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 FLOATING = frozenset({"float16", "bfloat16", "float32", "float64"})
 
 
+INDEX_TYPES = frozenset({6, 7, 8, 9, 12, 13})
+"""TensorProto's int32, int64, string, bool, uint32 and uint64: what shapes, indices and flags are stored in."""
+
+
 @dataclass(frozen=True, slots=True)
 class Bias:
     """A constant vector already added to a site's output, which can take the correction of the mean.
@@ -66,6 +70,8 @@ class Site:
         A constant vector added to the output, if there is one.
     opaque_addend
         The output contains something other than `x W` and `bias`, so its moments are not those of the layer.
+    leading_ones
+        Axes of length 1 before the two of the stored weight; they count towards the rank of the output.
     module
         The torch module that it was exported from, such as "blocks.0.fc1", where the exporter wrote it down.
     """
@@ -82,6 +88,7 @@ class Site:
     output_axis: int
     bias: Bias | None
     opaque_addend: bool = False
+    leading_ones: int = 0
     module: str | None = None
 
     @property
@@ -99,8 +106,8 @@ class Site:
 class Refusal:
     """A linear operator with a constant weight that stays as it is, and why.
 
-    `parameters` counts the elements of the constants which it alone holds; `macs` the multiply-accumulates of one
-    sample, where they are known.
+    `parameters` counts the elements of the main graph's constant matrices that it reads, shared or not; `macs` the
+    multiply-accumulates of one sample, where they are known.
     """
 
     name: str

@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 REARRANGING = frozenset({"Identity", "Cast", "Transpose", "Reshape", "Unsqueeze", "Squeeze", "Flatten"})
 
 
+RANDOM = frozenset(
+    {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
+)
+
+
 class GraphView:
     """A graph with its constants: which tensors are constant, their values, and who reads them.
 
@@ -135,7 +140,21 @@ class GraphView:
             return "its weight is quantized: compress before quantizing"
         if producer.op in REARRANGING and producer.inputs:
             return self.refusal(producer.inputs[0])
+        if producer.op == "Constant":
+            return "its weight is a Constant without a dense value: store it densely"
+        if tensor.name in self._computed:
+            return f"its weight is computed from constants by {producer.op}: fold constants first"
         return None
+
+    @cached_property
+    def _computed(self) -> set[str]:
+        """The tensors that follow from constants alone, by whatever operators."""
+        known = {"", *self.sources} - self.overridable
+        for node in self.model.proto.graph.node:
+            subgraphs = any(attribute.HasField("g") for attribute in node.attribute)
+            if known.issuperset(node.input) and not subgraphs and node.op_type not in RANDOM:
+                known.update(node.output)
+        return known
 
     def _constant_data(self, node: gs.Node) -> bool:
         return bool(node.inputs) and self.is_constant(node.inputs[0])

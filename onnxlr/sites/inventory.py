@@ -15,18 +15,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from onnxlr.sites.base import Family, Refusal, Site
+from onnxlr.protos import tensors
+from onnxlr.sites.base import INDEX_TYPES, Family, Refusal, Site
 from onnxlr.sites.constants import GraphView
 from onnxlr.sites.gemm import Gemm
 from onnxlr.sites.macs import macs
 from onnxlr.sites.matmul import MatMul
+from onnxlr.sites.nested import nested_operators
 from onnxlr.sites.unsupported import REASONS
 from onnxlr.surgery import open_graph
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    import onnx
     import onnx_graphsurgeon as gs
     from numpy.typing import NDArray
 
@@ -63,7 +64,7 @@ class Weight:
     def matches(self, pattern: str) -> bool:
         """Whether a shell pattern matches its own name, or the name or module of one of its sites."""
         names = {self.name, *(site.name for site in self.sites), *self.labels}
-        return any(fnmatchcase(name, pattern) for name in names)
+        return pattern in names or any(fnmatchcase(name, pattern) for name in names)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -113,20 +114,9 @@ class Inventory:
 
 
 def parameter_count(model: Model) -> int:
-    """Elements of all constants in the main graph that hold numbers rather than indices, shapes or flags."""
-    graph = model.proto.graph
-    constants = list(graph.initializer)
-    constants += [node.attribute[0].t for node in graph.node if _is_tensor_constant(node)]
-    constants += [sparse.values for sparse in graph.sparse_initializer]
-    counted = (t for t in constants if t.data_type not in _INDEX_TYPES)
-    return sum(prod(tensor.dims) for tensor in counted)
-
-
-_INDEX_TYPES = frozenset({6, 7, 8, 9, 12, 13})  # TensorProto's int32, int64, string, bool, uint32, uint64
-
-
-def _is_tensor_constant(node: onnx.NodeProto) -> bool:
-    return bool(node.op_type == "Constant" and node.attribute[0].name == "value")
+    """Elements of all constants that hold numbers rather than indices, shapes or flags; in bodies and functions too."""
+    places = (model.proto.graph, *model.proto.functions)
+    return sum(prod(t.dims) for place in places for t in tensors(place) if t.data_type not in INDEX_TYPES)
 
 
 def take_inventory(model: Model, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Inventory:
@@ -141,25 +131,12 @@ def take_inventory(model: Model, shapes: Mapping[str, tuple[int, ...]] | None = 
     """
     graph = open_graph(model.proto)
     view = GraphView(model, graph)
-    shapes = shapes or {}
+    measured, shapes = shapes is not None, shapes or {}
     nodes = {node.outputs[0].name: node for node in graph.nodes if node.outputs}
 
     modules = _torch_modules(model)
     sites: list[Site] = []
-    refusals = [
-        _refusal(node, "it is inside the body of a control-flow operator: not supported yet", view, {})
-        for body in graph.subgraphs(recursive=True)
-        for node in body.nodes
-        if node.op in FAMILIES or node.op in REASONS
-    ]
-    refusals += [
-        Refusal(
-            node.name or node.output[0], node.op_type, f"it is inside the function {function.name!r}: inline it", ()
-        )
-        for function in model.proto.functions
-        for node in function.node
-        if node.op_type in FAMILIES or node.op_type in REASONS
-    ]
+    refusals, nested = nested_operators(model.proto, FAMILIES.keys() | REASONS.keys())
     for node in graph.nodes:
         family = FAMILIES.get(node.op) if node.domain in ONNX_DOMAINS else None
         found: Site | str | None = None
@@ -194,14 +171,15 @@ def take_inventory(model: Model, shapes: Mapping[str, tuple[int, ...]] | None = 
             )
         )
 
-    per_node = {node.name or node.outputs[0].name: macs(node, shapes) for node in graph.nodes if node.outputs}
+    # names of nodes need not be unique
+    per_node = [(node.name or node.outputs[0].name, macs(node, shapes)) for node in graph.nodes if node.outputs]
     return Inventory(
         model=model,
         weights=tuple(weights),
         refusals=tuple(refusals),
         parameters=parameter_count(model),
-        macs=sum(count for count in per_node.values() if count is not None) if shapes else None,
-        uncounted=tuple(name for name, count in per_node.items() if count is None) if shapes else (),
+        macs=sum(count for _, count in per_node if count is not None) if measured else None,
+        uncounted=(*(name for name, count in per_node if count is None), *nested) if measured else (),
         nodes=nodes,
         view=view,
     )
@@ -265,7 +243,7 @@ def _shared_with_others(
 
 def _refusal(node: gs.Node, reason: str, view: GraphView, shapes: Mapping[str, tuple[int, ...]]) -> Refusal:
     constants = [tensor for tensor in node.inputs if tensor.name and view.is_constant(tensor)]
-    sources = sorted({source for tensor in constants for source in view.origins(tensor)} & view.tensors.keys())
+    sources = sorted({source for tensor in constants for source in view.origins(tensor)})
     weights = [source for source in sources if len(view.sources[source].dims) > 1]
     return Refusal(
         name=node.name or (node.outputs[0].name if node.outputs else "?"),

@@ -30,12 +30,27 @@ MATRIX_PRODUCTS = frozenset(
 CONVOLUTIONS = frozenset({"Conv", "FusedConv", "ConvInteger"})
 RECURRENT = {"LSTM": 4, "GRU": 3, "RNN": 1, "DynamicQuantizeLSTM": 4}
 COUNTED = MATRIX_PRODUCTS | CONVOLUTIONS | RECURRENT.keys() | {
-    "Gemm", "FusedGemm", "QGemm", "QLinearMatMul", "QLinearConv", "ConvTranspose", "MatMulNBits", "Attention",
+    "Gemm", "FusedGemm", "QGemm", "QLinearMatMul", "QLinearConv", "ConvTranspose", "MatMulNBits", "Attention", "Einsum",
 }  # fmt: skip
+UNKNOWN = frozenset(
+    {
+        "MultiHeadAttention",
+        "GroupQueryAttention",
+        "PackedAttention",
+        "DecoderMaskedSelfAttention",
+        "QAttention",
+        "MatMulBnb4",
+        "QOrderedMatMul",
+        "QOrderedAttention",
+    }
+)
+"""Operators that multiply, whose count is not known here."""
 
 
 def macs(node: gs.Node, shapes: Mapping[str, Shape]) -> int | None:
-    """Multiply-accumulates of one run of `node`; None where a shape is unknown, 0 for operators not counted."""
+    """Multiply-accumulates of one run of `node`; None where it is unknown, 0 for operators that do not multiply."""
+    if node.op in UNKNOWN:
+        return None
     if node.op not in COUNTED:
         return 0
     try:
@@ -44,7 +59,7 @@ def macs(node: gs.Node, shapes: Mapping[str, Shape]) -> int | None:
         return None
 
 
-def _count(node: gs.Node, shapes: Mapping[str, Shape]) -> int:
+def _count(node: gs.Node, shapes: Mapping[str, Shape]) -> int | None:
     def of(index: int) -> Shape:
         return shapes[node.inputs[index].name]
 
@@ -67,6 +82,15 @@ def _count(node: gs.Node, shapes: Mapping[str, Shape]) -> int:
     if node.op in RECURRENT:
         steps, batch = of(0)[:2]
         return steps * batch * (prod(of(1)) + prod(of(2)))
+    if node.op == "Einsum":
+        terms = node.attrs["equation"].replace(" ", "").split("->")[0].split(",")
+        if len(terms) != 2 or "." in terms[0] + terms[1]:
+            return None
+        lengths = dict(zip("".join(terms), of(0) + of(1), strict=True))
+        return prod(lengths.values())
+    if node.domain != "com.microsoft":  # ONNX's Attention: queries times keys, then scores times values
+        past = of(4)[-2] if len(node.inputs) > 4 and node.inputs[4].name else 0
+        return (prod(of(0)) + prod(output)) * (of(1)[-2] + past)
     batch, length, width = of(0)  # com.microsoft Attention: packed projection, scores, mixing
     packed = of(1)[1]
     return batch * length * (width * packed + 2 * length * packed // 3)

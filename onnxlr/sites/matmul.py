@@ -36,6 +36,8 @@ class MatMul(Family):
         shape, dtype = view.shape(weight), view.dtype(weight)
         if dtype not in FLOATING:
             return f"its weight has the type {dtype}"
+        if view.graph.opset < 7:
+            return f"opset {view.graph.opset} broadcasts an Add by an older rule: convert the model to 7 or newer"
         if len(shape) < 2:
             return "its weight is a vector"
         if any(length != 1 for length in shape[:-2]):
@@ -57,6 +59,7 @@ class MatMul(Family):
             input_axis=axis,
             output_axis=axis,
             bias=_added_vector(output, d_out, axis, view),
+            leading_ones=len(shape) - 2,
         )
 
     def matrix(self, site: Site, node: gs.Node, stored: NDArray[Any]) -> NDArray[np.float64]:
@@ -66,11 +69,9 @@ class MatMul(Family):
     def stored(
         self, site: Site, node: gs.Node, first: NDArray[Any], second: NDArray[Any]
     ) -> tuple[NDArray[Any], NDArray[Any]]:
-        weight = next(tensor for tensor in node.inputs if tensor.name == site.weight)
         if site.input_axis == -2:
             first, second = first.T, second.T
-        ones = (1,) * (len(weight.shape) - 2)
-        return first.reshape(ones + first.shape), second
+        return first.reshape((1,) * site.leading_ones + first.shape), second
 
     def stored_bias(self, site: Site, node: gs.Node, bias: NDArray[Any]) -> NDArray[Any]:
         return bias[:, None] if site.output_axis == -2 else bias
