@@ -7,7 +7,7 @@ print(report.after.parameters / report.before.parameters, report.validation.erro
 """
 
 from onnxlr.analyze import Analysis, analyze
-from onnxlr.case import calibrate, inspect
+from onnxlr.api import calibrate, inspect, validate
 from onnxlr.config import Config, Target
 from onnxlr.data import ImageOptions
 from onnxlr.errors import OnnxlrError
@@ -15,7 +15,7 @@ from onnxlr.gram import Stats
 from onnxlr.model_io import Model, load, save
 from onnxlr.pipeline import compress
 from onnxlr.report import Report
-from onnxlr.validate import Validation, validate
+from onnxlr.validate import Validation
 
 __all__ = [
     "Analysis",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +10,11 @@ import numpy as np
 import onnx
 
 from onnxlr.calibrate import accumulate
-from onnxlr.config import Config
 from onnxlr.data import ImageOptions, batches, fixed_batch, load_labels, open_data, split
-from onnxlr.errors import ConfigError, DataError, ModelError, StatsError
+from onnxlr.errors import ConfigError, DataError, StatsError
 from onnxlr.model_io import Model, from_proto, load
 from onnxlr.session import Session
-from onnxlr.shapes import measure_shapes, synthetic_sample
+from onnxlr.shapes import measure_shapes
 from onnxlr.sites import take_inventory
 
 if TYPE_CHECKING:
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from onnxlr.config import Config
     from onnxlr.data import Dataset, TensorSpec
     from onnxlr.gram import Stats
     from onnxlr.sites import Inventory, Weight
@@ -98,69 +98,6 @@ def _taking_part(inventory: Inventory, config: Config) -> tuple[list[Weight], di
     if unused:
         raise ConfigError(f"the pattern {min(unused)!r} matches no weight or site: `onnxlr inspect` lists their names")
     return taking_part, held_back
-
-
-@dataclass(frozen=True, slots=True)
-class Inspection:
-    """What `inspect` found: the inventory, and for which shapes its multiply-accumulates hold."""
-
-    inventory: Inventory
-    shapes_of: Mapping[str, tuple[int, ...]]
-    problem: str | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types."""
-        return {
-            "format": "onnxlr-inspection/1",
-            "parameters": self.inventory.parameters,
-            "macs": self.inventory.macs,
-            "macs_of": {name: list(shape) for name, shape in self.shapes_of.items()},
-            "problem": self.problem,
-            "weights": [asdict(weight) for weight in self.inventory.weights],
-            "refusals": [asdict(refusal) for refusal in self.inventory.refusals],
-            "uncounted": self.inventory.uncounted,
-        }
-
-
-def inspect(model: ModelLike, *, provider: str = "cpu") -> Inspection:
-    """List every linear operator, those that can be compressed and those that cannot, with reasons and shares.
-
-    Without data the shapes are those of one synthetic sample; where the model does not run on it, multiply-accumulates
-    stay unknown and `problem` says why.
-
-    Raises
-    ------
-    ModelError, InstallError
-        The file is no model, or onnxruntime is missing.
-    """
-    loaded = as_model(model)
-    problem, shapes, sample = None, None, {}
-    try:
-        sample = synthetic_sample(Session(loaded, provider=provider, optimize=False).inputs)
-        shapes = measure_shapes(loaded, sample, provider=provider)
-    except ModelError as error:
-        problem = str(error)
-    sizes = {name: array.shape for name, array in sample.items()}
-    return Inspection(take_inventory(loaded, shapes), sizes, problem)
-
-
-def calibrate(
-    model: ModelLike,
-    calib: object,
-    config: Config | None = None,
-    *,
-    images: ImageOptions | None = None,
-    progress: Progress = quiet,
-) -> Stats:
-    """Gather the second moments that `config.objective` needs, over all of `calib` but the held-out part.
-
-    Raises
-    ------
-    OnnxlrError
-        As `prepare`; DataError for values that are not finite, naming the tensor.
-    """
-    config = config or Config()
-    return gather(prepare(model, calib, config, images or ImageOptions()), config, progress)
 
 
 def gather(case: Case, config: Config, progress: Progress) -> Stats:

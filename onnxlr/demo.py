@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnxlr.case import calibrate, quiet
+from onnxlr.api import calibrate
+from onnxlr.case import quiet
 from onnxlr.config import Config, Target
 from onnxlr.data import batches, load_labels, open_data
 from onnxlr.errors import DataError

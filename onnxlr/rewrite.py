@@ -142,7 +142,10 @@ def rewrite(inventory: Inventory, factors: Mapping[str, Factors]) -> Model:
 
 
 def pair_parameters(inventory: Inventory, weight: Weight, rank: int, *, corrected: bool) -> int:
-    """Elements that the pairs of `weight` store at `rank`, with new biases where `corrected`."""
+    """Elements that the pairs of `weight` store at `rank`, with new biases where `corrected`; never too few.
+
+    A bias that other sites share is counted as if it stayed: whether it goes depends on what becomes of them.
+    """
     layouts = {(site.output_axis, site.leading_ones) for site in weight.sites}
     count = len(layouts) * rank * (weight.d_in + weight.d_out)
     if corrected:

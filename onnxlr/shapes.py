@@ -21,9 +21,8 @@ if TYPE_CHECKING:
     from onnxlr.data import Feed, Sample, TensorSpec
     from onnxlr.model_io import Model
 
-UNKNOWN_LENGTH = {3: 224, 4: 224}
-"""What a free axis is taken for when there is no data, by the rank of the input: images; else a sequence of 128."""
-SEQUENCE_LENGTH = 128
+IMAGE_SIDE, SEQUENCE_LENGTH = 224, 128
+"""What a free axis is taken for when there is no data: those of an input of four axes for an image's, else a length."""
 
 
 def measure_shapes(model: Model, sample: Sample, *, provider: str = "cpu") -> dict[str, tuple[int, ...]]:
@@ -54,12 +53,16 @@ def synthetic_sample(inputs: Sequence[TensorSpec]) -> Feed:
     """One sample for a model without data: a batch of 1, free axes at a usual length, normal numbers or ones."""
     generator = np.random.default_rng(0)
     sample = {}
+    symbols: dict[str, int] = {}
     for spec in inputs:
-        free = UNKNOWN_LENGTH.get(len(spec.shape), SEQUENCE_LENGTH)
-        shape = [
-            length if isinstance(length, int) and length > 0 else (1 if axis == 0 else free)
-            for axis, length in enumerate(spec.shape)
-        ]
+        free = IMAGE_SIDE if len(spec.shape) == 4 else SEQUENCE_LENGTH
+        shape = []
+        for axis, length in enumerate(spec.shape):
+            usual = 1 if axis == 0 else free
+            if isinstance(length, str):
+                shape.append(symbols.setdefault(length, usual))
+            else:
+                shape.append(length or usual)
         # ones are valid as token ids, masks, lengths and flags alike
         whole = spec.dtype.kind in "iub"
         sample[spec.name] = (np.ones(shape) if whole else generator.standard_normal(shape)).astype(spec.dtype)

@@ -10,8 +10,9 @@ import pytest
 from models import FORMS, Form, parsed, random, run
 from safetensors.numpy import save_file
 
+from onnxlr.api import calibrate
 from onnxlr.calibrate import accumulate, mask_of, probes, rows_of, site_probe, weight_moments, with_outputs
-from onnxlr.case import calibrate, require_same_model
+from onnxlr.case import require_same_model
 from onnxlr.config import Config
 from onnxlr.data import open_data, split
 from onnxlr.errors import DataError, StatsError

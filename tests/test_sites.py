@@ -493,5 +493,8 @@ def test_sites_come_in_the_order_of_the_graph() -> None:
 def test_shapes_without_data_are_those_of_a_synthetic_sample() -> None:
     model = parsed("(float[N, T, 6] x) => (float[N, T, 5] y)", "p = MatMul(x, w) y = Relu(p)", w=W)
     sample = synthetic_sample(Session(model).inputs)
-    assert measure_shapes(model, sample) == {"x": (1, 224, 6), "w": (6, 5), "p": (1, 224, 5)}
+    assert measure_shapes(model, sample) == {"x": (1, 128, 6), "w": (6, 5), "p": (1, 128, 5)}
+    shared = parsed("(float[N, 1, S, 6] x, float[N, S] m) => (float[N, 1, S, 6] y)", "y = Identity(x)")
+    lengths = {name: array.shape for name, array in synthetic_sample(Session(shared).inputs).items()}
+    assert lengths == {"x": (1, 1, 224, 6), "m": (1, 224)}
     assert measure_shapes(parsed("(float[N] x) => (float[N] y)", "y = Relu(x)"), {"x": random(0, 2)}) == {}

@@ -14,11 +14,9 @@ import tempfile
 from pathlib import Path
 
 import onnxlr
-from onnxlr.data import load_labels, open_data
-from onnxlr.session import Session
 
 SAMPLE = Path(__file__).parent.parent / "samples" / "fashion_vit"
-SHARES = (0.75, 0.5, 0.35, 0.25)
+SHARES = (0.75, 0.5, 0.35, 0.25, 0.15)
 OBJECTIVES = ("weight", "utilized", "output")
 
 
@@ -29,17 +27,16 @@ def main() -> None:
     arguments = parser.parse_args()
 
     dense = onnxlr.load(arguments.model)
-    test = open_data(SAMPLE / "test", Session(dense).inputs)
-    labels = load_labels(SAMPLE / "test_labels.npy")
     results = {}
     for objective in OBJECTIVES:
-        stats = onnxlr.calibrate(dense, SAMPLE / "calib", onnxlr.Config(objective=objective))
+        settings = onnxlr.Config(objective=objective)
+        stats = None if objective == "weight" else onnxlr.calibrate(dense, SAMPLE / "calib", settings)
         for share in SHARES:
-            config = onnxlr.Config(objective=objective, target=onnxlr.Target("keep_params", share))
+            config = onnxlr.Config(objective=objective, target=onnxlr.Target("keep_params", share), rank_multiple=8)
             with tempfile.TemporaryDirectory() as folder:
                 output = Path(folder, "compressed.onnx")
                 report = onnxlr.compress(dense, SAMPLE / "calib", config, stats=stats, output=output)
-                parity = onnxlr.validate(dense, onnxlr.load(output), test, batch=100, labels=labels)
+                parity = onnxlr.validate(dense, output, SAMPLE / "test", batch=100, labels=SAMPLE / "test_labels.npy")
             results[objective, share] = parity, report
 
     parity, _ = results["output", SHARES[0]]

@@ -140,7 +140,7 @@ class Report:
         JSON knows no infinity and no NaN (an error is infinite where a reference output is all zero): they become the
         strings "Infinity", "-Infinity" and "NaN", and null stays what was not measured.
         """
-        return {"format": FORMAT, **_plain(asdict(self))}
+        return {"format": FORMAT, **plain(asdict(self))}
 
     def save(self, path: Path, *, force: bool = False) -> None:
         """Write as JSON, whole or not at all.
@@ -154,11 +154,12 @@ class Report:
             temporary.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """`value` in types that strict JSON has; see `Report.to_dict`."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value

@@ -23,6 +23,10 @@ def render_report(report: Report, *, verbose: bool) -> Iterable[RenderableType]:
         yield _parity(report.validation.outputs, f"Parity on {report.held_out} held-out samples")
     if verbose:
         yield _weights(report.weights)
+        if report.refusals:
+            columns = ["operator", "op", "parameters", "MACs", "why"]
+            rows = [(r.name, r.op, count(r.parameters), count(r.macs), r.reason) for r in report.refusals]
+            yield render_rows("Not supported", columns, rows)
     kept = [weight for weight in report.weights if weight.rank is None]
     yield (
         f"{len(report.weights) - len(kept)} of {len(report.weights)} weights factored, {len(kept)} kept dense, "
@@ -34,7 +38,10 @@ def render_report(report: Report, *, verbose: bool) -> Iterable[RenderableType]:
     if not verbose and len(report.warnings) > 3:
         yield f"warning: {len(report.warnings) - 3} more with -v or in the report"
     stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report.seconds.items() if seconds >= 0.05)
-    yield f"{sum(report.seconds.values()):.1f} s ({stages}), peak memory {megabytes(report.peak_memory_bytes)}"
+    yield (
+        f"{sum(report.seconds.values()):.1f} s" + (f" ({stages})" if stages else "")
+        + f", peak memory {megabytes(report.peak_memory_bytes)}"
+    )  # fmt: skip
     if report.output is not None:
         yield f"written to {report.output}"
 
@@ -44,7 +51,7 @@ def _figures(report: Report) -> Table:
     table = _table("", "dense", "compressed", "kept", title=f"{report.config['objective']} objective")
     table.add_row("parameters", count(before.parameters), count(after.parameters),
                   percent(after.parameters, before.parameters))  # fmt: skip
-    table.add_row("MACs a sample", count(before.macs), count(after.macs), percent(after.macs, before.macs))
+    table.add_row("MACs", count(before.macs), count(after.macs), percent(after.macs, before.macs))
     table.add_row("file", megabytes(before.file_bytes), megabytes(after.file_bytes),
                   percent(after.file_bytes, before.file_bytes))  # fmt: skip
     table.add_row("latency", milliseconds(before.latency_ms), milliseconds(after.latency_ms),
@@ -117,7 +124,7 @@ def count(value: float | None) -> str:
     if value is None:
         return "unknown"
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
+        if value >= 0.9995 * size:
             return f"{value / size:.3g}{unit}" if value < 100 * size else f"{value / size:.0f}{unit}"
     return f"{value:g}"
 

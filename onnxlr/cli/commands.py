@@ -1,76 +1,23 @@
-"""The command line: options in, API calls, tables or JSON out. No work is done here.
-
-Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 1 an error of the tool or its input, 2 wrong
-usage, 3 a target or gate was not met, 130 interrupted.
-"""
+"""The commands. Each imports the stages that it needs when it runs."""
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import sys
-import warnings
-from contextlib import contextmanager
 from dataclasses import asdict
-from functools import wraps
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from onnxlr.cli.options import DATA, FILE, POSITIVE, SHARE, common, parse_ranks, running, selecting
+from onnxlr.cli.output import describe_verdict, progress_bars, show, show_json, show_stats
 from onnxlr.config import OBJECTIVES, Config, Target
-from onnxlr.data import ImageOptions
-from onnxlr.errors import OnnxlrError
 from onnxlr.report import terminal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Sequence
+    from pathlib import Path
 
-    from onnxlr.case import Progress as ReportProgress
-    from onnxlr.polygraphy_files import Verdict
-
-FILE = click.Path(path_type=Path)
-SHARE = click.FloatRange(0, 1, min_open=True)
-POSITIVE = click.IntRange(min=1)
-DATA = (
-    "a folder of .npz, .npy, images or test_data_set_*, or a file: .npz, .npy, .json (Polygraphy inputs), "
-    ".py (a script with load_data())."
-)
-
-
-def main() -> None:
-    """Run the command line and end the process with its exit code."""
-    warnings.showwarning = _show_warning
-    try:
-        code = cli.main(standalone_mode=False)
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OnnxlrError as error:
-        click.echo(f"onnxlr: error: {error}", err=True)
-        sys.exit(error.exit_code)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("onnxlr: interrupted; no half-written file is left", err=True)
-        sys.exit(130)
-    except BrokenPipeError:
-        _discard_stdout()
-        sys.exit(1)
-    except OSError as error:
-        # every file that a stage reads or writes has an error of its own: what is left is stdout
-        click.echo(f"onnxlr: error: the result cannot be printed: {error.strerror or error}", err=True)
-        _discard_stdout()
-        sys.exit(1)
-    sys.exit(code if isinstance(code, int) else 0)
-
-
-def _discard_stdout() -> None:
-    # what is still buffered would fail again, with a traceback, when the interpreter closes the stream
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    from onnxlr.data import ImageOptions
 
 
 class _Group(click.Group):
@@ -81,80 +28,6 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             raise click.Abort from None
-
-
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    click.echo(f"onnxlr: warning: {message}", err=True)
-
-
-def common(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of every command."""
-
-    @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-    @click.option("-q", "--quiet", is_flag=True, help="No progress bars.")
-    @click.option("-v", "--verbose", is_flag=True, help="Every weight and operator, with reasons.")
-    @wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return command(*args, **kwargs)
-
-    return wrapped
-
-
-def running(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of commands that run a model."""
-
-    @click.option("--provider", default="cpu",
-                  help="Execution provider: cpu, cuda, tensorrt, ... or onnxruntime's own name.")  # fmt: skip
-    @click.option("--threads", default=0, type=click.IntRange(min=0), help="Threads of an operator; 0 is one a core.")
-    @click.option("--batch", default=8, type=POSITIVE, help="Samples in a batch, where the model leaves it free.")
-    @click.option("--mask", metavar="INPUT", help="Input that is nonzero where a token is real, for padded batches.")
-    @click.option("--images", "convention", default="unit",
-                  type=click.Choice(["unit", "torchvision", "timm"]),
-                  help="How images become inputs: values in [0, 1], or a library's convention.")  # fmt: skip
-    @click.option("--mean", metavar="V[,V,V]", help="Image mean by channel, in place of the convention's.")
-    @click.option("--std", metavar="V[,V,V]", help="Image standard deviation by channel.")
-    @click.option("--resize", metavar="H[xW]", help="Resize images: the shorter side, or height and width.")
-    @wraps(command)
-    def wrapped(
-        *args: Any, convention: str, mean: str | None, std: str | None, resize: str | None, **kwargs: Any
-    ) -> Any:
-        return command(*args, images=_image_options(convention, mean, std, resize), **kwargs)
-
-    return wrapped
-
-
-def selecting(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of commands that choose weights and gather moments of them."""
-
-    @click.option("--include", multiple=True, metavar="PATTERN", help="Only weights or sites that match; repeatable.")
-    @click.option("--exclude", multiple=True, metavar="PATTERN", help="No weights or sites that match; repeatable.")
-    @click.option("--holdout-every", default=8, type=click.IntRange(min=2),
-                  help="One sample of so many is held out for validation, never calibrated on.")  # fmt: skip
-    @wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return command(*args, **kwargs)
-
-    return wrapped
-
-
-def _image_options(convention: str, mean: str | None, std: str | None, resize: str | None) -> ImageOptions:
-    from dataclasses import replace
-
-    options = ImageOptions.convention(convention)
-    try:
-        if mean is not None:
-            options = replace(options, mean=tuple(float(value) for value in mean.split(",")))
-        if std is not None:
-            options = replace(options, std=tuple(float(value) for value in std.split(",")))
-        if resize is not None:
-            sides = tuple(int(side) for side in resize.lower().split("x"))
-            options = replace(options, resize=sides[0] if len(sides) == 1 else (sides[0], sides[1]))
-    except (ValueError, IndexError):
-        given = next(v for v in (mean, std, resize) if v is not None)
-        raise click.UsageError(
-            f"not a number, or a list of them: {given!r} (--mean 0.5,0.5,0.5, --resize 256x256)"
-        ) from None
-    return options
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -175,12 +48,12 @@ def demo(as_json: bool, quiet: bool, verbose: bool) -> None:
     """
     from onnxlr.demo import run_demo
 
-    with _progress(quiet) as progress:
+    with progress_bars(quiet) as progress:
         result = run_demo(progress)
     if as_json:
-        _print_json(result.to_dict())
+        show_json(result.to_dict())
     else:
-        _print(result.render(verbose=verbose))
+        show(result.render(verbose=verbose))
 
 
 @cli.command()
@@ -192,12 +65,12 @@ def inspect(model: Path, provider: str, as_json: bool, quiet: bool, verbose: boo
 
     Every linear operator, those that cannot be compressed with the reason, and how much of the model they are.
     """
-    from onnxlr.case import inspect as api
+    from onnxlr.api import inspect as api
 
     found = api(model, provider=provider)
     inventory = found.inventory
     if as_json:
-        return _print_json(found.to_dict())
+        return show_json(found.to_dict())
     total, macs = inventory.parameters, inventory.macs
     weights = [
         (w.name, ", ".join(w.labels), f"{w.d_in} x {w.d_out}", w.dtype, terminal.percent(w.parameters, total),
@@ -227,7 +100,7 @@ def inspect(model: Path, provider: str, as_json: bool, quiet: bool, verbose: boo
         shapes = ", ".join(f"{name} {list(shape)}" for name, shape in found.shapes_of.items())
         share = f", {covered_macs} of them there" if weights else ""
         lines.append(f"{terminal.count(macs)} MACs{share}, for one sample: {shapes}")
-    return _print(lines)
+    return show(lines)
 
 
 @cli.command()
@@ -257,12 +130,12 @@ def analyze(
         energies = [float(value) for value in energy.split(",")]
     except ValueError:
         raise click.UsageError(f"--energy {energy!r} is not a number, or several separated by commas") from None
-    config = _config(Target(), settings)
+    config = Config(**settings)
     moments = None if stats is None else Stats.load(stats)
-    with _progress(quiet) as progress:
+    with progress_bars(quiet) as progress:
         analysis = api(model, calib, config, energies=energies, stats=moments, images=images, progress=progress)
     if as_json:
-        return _print_json({"format": "onnxlr-analysis/1", **asdict(analysis)})
+        return show_json({"format": "onnxlr-analysis/1", **asdict(analysis)})
     columns = ["weight", "sites", "shape", "energy", "k_T", "k_S", "utilized rank", "utilization"]
     rows = [
         (w.name, " ".join(w.sites), f"{w.d_in} x {w.d_out}", f"{u.energy:g}", str(u.k_input), str(u.k_output),
@@ -279,7 +152,7 @@ def analyze(
     means = [f"mean layer utilization at {e:g} of the energy: {mlu:.4f}" for e, mlu in analysis.mlu.items()]
     if not rows:
         means = ["no weight to analyze: `onnxlr inspect` lists what can be compressed and what cannot, and why"]
-    return _print([*([terminal.render_rows("Utilization", columns, rows)] if rows else []), *means])
+    return show([*([terminal.render_rows("Utilization", columns, rows)] if rows else []), *means])
 
 
 @cli.command()
@@ -299,14 +172,14 @@ def calibrate(
 
     A file for `compress --stats`, `analyze --stats` and `merge`.
     """
-    from onnxlr.case import calibrate as api
+    from onnxlr.api import calibrate as api
     from onnxlr.files import require_writable
 
     require_writable(output, force=force)
-    with _progress(quiet) as progress:
-        stats = api(model, calib, _config(Target(), settings, objective=objective), images=images, progress=progress)
+    with progress_bars(quiet) as progress:
+        stats = api(model, calib, Config(objective=objective, **settings), images=images, progress=progress)
     stats.save(output, force=force)
-    _print_stats(stats, output, as_json)
+    show_stats(stats, output, as_json)
 
 
 @cli.command()
@@ -327,7 +200,7 @@ def merge(stats: Sequence[Path], output: Path, force: bool, as_json: bool, quiet
     for shard in rest:
         total = total + shard
     total.save(output, force=force)
-    _print_stats(total, output, as_json)
+    show_stats(total, output, as_json)
 
 
 @cli.command()
@@ -375,13 +248,13 @@ def compress(
         given = " and ".join(f"--{kind.replace('_', '-')}" for kind in targets)
         raise click.UsageError(f"{given} are given, one target at a time: keep one")
     target = Target(*next(iter(targets.items()))) if targets else Target()  # type: ignore[arg-type]
-    config = _config(target, settings, objective=objective, ranks=_ranks(ranks))
+    config = Config(objective=objective, target=target, ranks=parse_ranks(ranks), **settings)
     if report is not None:
         require_writable(report, force=force)
         if report.resolve() == output.resolve():
             raise click.UsageError(f"--output and --report are the same file, {output}: name two")
     moments = None if stats is None else Stats.load(stats)
-    with _progress(quiet) as progress:
+    with progress_bars(quiet) as progress:
         done = api(
             model, calib, config, output=output, labels=labels, stats=moments, images=images, force=force,
             progress=progress,
@@ -389,9 +262,9 @@ def compress(
     if report is not None:
         done.save(report, force=force)
     if as_json:
-        _print_json(done.to_dict())
+        show_json(done.to_dict())
     else:
-        _print(terminal.render_report(done, verbose=verbose))
+        show(terminal.render_report(done, verbose=verbose))
 
 
 @cli.command()
@@ -427,7 +300,7 @@ def validate(
     first, second = load(a), load(b)
     inputs = Session(first, provider=settings["provider"], optimize=False).inputs
     samples = open_data(data, inputs, images=images)
-    with _progress(quiet) as progress:
+    with progress_bars(quiet) as progress:
         result = api(
             first, second, samples, labels=None if labels is None else load_labels(labels), max_error=max_error,
             progress=lambda done: progress("validate", done, None), **settings,
@@ -441,92 +314,10 @@ def validate(
         verdicts = write_polygraphy(folder, a, b, feeds, force=force, **gate)
     if as_json:
         opinions = [asdict(verdict) for verdict in verdicts]
-        _print_json({"format": "onnxlr-validation/1", **result.to_dict(), "polygraphy": opinions})
+        show_json({"format": "onnxlr-validation/1", **result.to_dict(), "polygraphy": opinions})
     else:
-        _print(terminal.render_validation(result))
-        _print(f"polygraphy on {len(sampled)} samples: {_verdict(verdict)}" for verdict in verdicts)
+        show(terminal.render_validation(result))
+        show(f"polygraphy on {len(sampled)} samples: {describe_verdict(verdict)}" for verdict in verdicts)
         if folder is not None:
-            _print([f"repeat with: sh {folder / 'run.sh'}"])
+            show([f"repeat with: sh {folder / 'run.sh'}"])
     return 0 if result.passed and all(verdict.passed for verdict in verdicts) else 3
-
-
-def _verdict(verdict: Verdict) -> str:
-    limit, value = verdict.tolerance, "no figure" if verdict.value is None else f"{verdict.value:.4g}"
-    statistic = {"mean": "mean", "elemwise": "largest", "quantile": f"{limit.quantile or 0:g} quantile of the"}
-    return (
-        f"output {verdict.name!r} {'passed' if verdict.passed else 'FAILED'} "
-        f"({statistic[limit.statistic]} difference {value}, at most {limit.atol:.4g})"
-    )
-
-
-def _ranks(pairs: Iterable[str]) -> dict[str, int]:
-    ranks = {}
-    for pair in pairs:
-        pattern, separator, rank = pair.rpartition("=")
-        if not separator or not pattern or not rank.isdigit():
-            raise click.UsageError(f"--rank {pair!r} is not of the form PATTERN=R, such as --rank '*.fc1*=64'")
-        ranks[pattern] = int(rank)
-    return ranks
-
-
-def _config(target: Target, settings: dict[str, Any], **more: Any) -> Config:
-    return Config(target=target, **settings, **more)
-
-
-def _print(renderables: Iterable[Any]) -> None:
-    if sys.stdout is None:
-        return
-    # piped output is read by programs and logs: no line of it may depend on a terminal's width
-    console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 100_000)
-    for renderable in renderables:
-        # a path or command broken into two lines cannot be copied: the terminal itself wraps lines of text
-        console.print(renderable, soft_wrap=isinstance(renderable, str))
-
-
-def _print_json(document: Any) -> None:
-    click.echo(json.dumps(_strict(document), indent=1, allow_nan=False))
-
-
-def _strict(document: Any) -> Any:
-    """The document with null for NaN and infinity, which JSON does not have."""
-    if isinstance(document, dict):
-        return {key: _strict(value) for key, value in document.items()}
-    if isinstance(document, list | tuple):
-        return [_strict(value) for value in document]
-    return None if isinstance(document, float) and not math.isfinite(document) else document
-
-
-def _print_stats(stats: Any, output: Path, as_json: bool) -> None:
-    document = {
-        "format": "onnxlr-moments/1",
-        "output": str(output),
-        "model": stats.model,
-        "data": stats.data,
-        "samples": stats.samples,
-        "tensors": {key: {"rows": value.count, "dim": value.dim} for key, value in stats.moments.items()},
-    }
-    if as_json:
-        _print_json(document)
-    else:
-        size = terminal.megabytes(os.path.getsize(output))  # noqa: PTH202
-        _print([f"{stats.samples} samples, moments of {len(stats.moments)} tensors, {size}, written to {output}"])
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[ReportProgress]:
-    console = Console(stderr=True)
-    bars = Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        console=console, transient=True, disable=quiet or not console.is_terminal,
-    )  # fmt: skip
-    tasks: dict[str, Any] = {}
-    with bars:
-
-        def report(stage: str, done: int, total: int | None) -> None:
-            if stage not in tasks:
-                for task in bars.tasks:
-                    bars.update(task.id, total=task.completed)
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.advance(tasks[stage], done)
-
-        yield report

@@ -1,0 +1,128 @@
+"""Single stages as functions that take whatever a user has: paths, models in memory, any data.
+
+`compress` (`onnxlr.pipeline`) and `analyze` (`onnxlr.analyze`) are the longer ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from onnxlr.case import as_model, gather, prepare, quiet
+from onnxlr.config import Config
+from onnxlr.data import ImageOptions, load_labels, open_data
+from onnxlr.errors import ModelError
+from onnxlr.session import Session
+from onnxlr.shapes import measure_shapes, synthetic_sample
+from onnxlr.sites import take_inventory
+from onnxlr.validate import validate as compare_models
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from onnxlr.case import ModelLike, Progress
+    from onnxlr.gram import Stats
+    from onnxlr.sites import Inventory
+    from onnxlr.validate import Validation
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What `inspect` found: the inventory, and for which shapes its multiply-accumulates hold."""
+
+    inventory: Inventory
+    shapes_of: Mapping[str, tuple[int, ...]]
+    problem: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON types."""
+        return {
+            "format": "onnxlr-inspection/1",
+            "parameters": self.inventory.parameters,
+            "macs": self.inventory.macs,
+            "macs_of": {name: list(shape) for name, shape in self.shapes_of.items()},
+            "problem": self.problem,
+            "weights": [asdict(weight) for weight in self.inventory.weights],
+            "refusals": [asdict(refusal) for refusal in self.inventory.refusals],
+            "uncounted": self.inventory.uncounted,
+        }
+
+
+def inspect(model: ModelLike, *, provider: str = "cpu") -> Inspection:
+    """List every linear operator, those that can be compressed and those that cannot, with reasons and shares.
+
+    Without data the shapes are those of one synthetic sample; where the model does not run on it, multiply-accumulates
+    stay unknown and `problem` says why.
+
+    Raises
+    ------
+    ModelError, InstallError
+        The file is no model, or onnxruntime is missing.
+    """
+    loaded = as_model(model)
+    problem, shapes, sample = None, None, {}
+    try:
+        sample = synthetic_sample(Session(loaded, provider=provider, optimize=False).inputs)
+        shapes = measure_shapes(loaded, sample, provider=provider)
+    except ModelError as error:
+        problem = str(error)
+    sizes = {name: array.shape for name, array in sample.items()}
+    return Inspection(take_inventory(loaded, shapes), sizes, problem)
+
+
+def calibrate(
+    model: ModelLike,
+    calib: object,
+    config: Config | None = None,
+    *,
+    images: ImageOptions | None = None,
+    progress: Progress = quiet,
+) -> Stats:
+    """Gather the second moments that `config.objective` needs, over all of `calib` but the held-out part.
+
+    Raises
+    ------
+    OnnxlrError
+        As `prepare`; DataError for values that are not finite, naming the tensor.
+    """
+    config = config or Config()
+    return gather(prepare(model, calib, config, images or ImageOptions()), config, progress)
+
+
+def validate(
+    a: ModelLike,
+    b: ModelLike,
+    data: object,
+    *,
+    labels: str | Path | NDArray[Any] | None = None,
+    images: ImageOptions | None = None,
+    provider: str = "cpu",
+    **options: Any,
+) -> Validation:
+    """Compare model `b` with model `a` on all of `data`.
+
+    Parameters
+    ----------
+    a, b
+        Paths, `Model`s or ModelProtos, with the same inputs and outputs.
+    data
+        Whatever `onnxlr.data.open_data` takes.
+    labels
+        One a sample of `data`, a file or an array, for the task metric.
+    options
+        `batch`, `mask`, `metric`, `threads`, `max_error` and `progress`, as `onnxlr.validate.validate` takes them.
+
+    Raises
+    ------
+    OnnxlrError
+        Whatever is wrong with the models or the data; a gate that is not met is for the caller to act on.
+    """
+    first, second = as_model(a), as_model(b)
+    samples = open_data(data, Session(first, provider=provider, optimize=False).inputs, images=images or ImageOptions())
+    truth = labels if labels is None or isinstance(labels, np.ndarray) else load_labels(labels)
+    return compare_models(first, second, samples, labels=truth, provider=provider, **options)

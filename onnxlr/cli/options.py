@@ -1,0 +1,102 @@
+"""Options that several commands share, and what is made of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from onnxlr.data import ImageOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+FILE = click.Path(path_type=Path)
+SHARE = click.FloatRange(0, 1, min_open=True)
+POSITIVE = click.IntRange(min=1)
+DATA = (
+    "a folder of .npz, .npy, images or test_data_set_*, or a file: .npz, .npy, .json (Polygraphy inputs), "
+    ".py (a script with load_data())."
+)
+
+
+def common(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of every command."""
+
+    @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+    @click.option("-q", "--quiet", is_flag=True, help="No progress bars.")
+    @click.option("-v", "--verbose", is_flag=True, help="Every weight and operator, with reasons.")
+    @wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return command(*args, **kwargs)
+
+    return wrapped
+
+
+def running(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of commands that run a model."""
+
+    @click.option("--provider", default="cpu",
+                  help="Execution provider: cpu, cuda, tensorrt, ... or onnxruntime's own name.")  # fmt: skip
+    @click.option("--threads", default=0, type=click.IntRange(min=0), help="Threads of an operator; 0 is one a core.")
+    @click.option("--batch", default=8, type=POSITIVE, help="Samples in a batch, where the model leaves it free.")
+    @click.option("--mask", metavar="INPUT", help="Input that is nonzero where a token is real, for padded batches.")
+    @click.option("--images", "convention", default="unit",
+                  type=click.Choice(["unit", "torchvision", "timm"]),
+                  help="How images become inputs: values in [0, 1], or a library's convention.")  # fmt: skip
+    @click.option("--mean", metavar="V[,V,V]", help="Image mean by channel, in place of the convention's.")
+    @click.option("--std", metavar="V[,V,V]", help="Image standard deviation by channel.")
+    @click.option("--resize", metavar="H[xW]", help="Resize images: the shorter side, or height and width.")
+    @wraps(command)
+    def wrapped(
+        *args: Any, convention: str, mean: str | None, std: str | None, resize: str | None, **kwargs: Any
+    ) -> Any:
+        return command(*args, images=_image_options(convention, mean, std, resize), **kwargs)
+
+    return wrapped
+
+
+def selecting(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of commands that choose weights and gather moments of them."""
+
+    @click.option("--include", multiple=True, metavar="PATTERN", help="Only weights or sites that match; repeatable.")
+    @click.option("--exclude", multiple=True, metavar="PATTERN", help="No weights or sites that match; repeatable.")
+    @click.option("--holdout-every", default=8, type=click.IntRange(min=2),
+                  help="One sample of so many is held out for validation, never calibrated on.")  # fmt: skip
+    @wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return command(*args, **kwargs)
+
+    return wrapped
+
+
+def _image_options(convention: str, mean: str | None, std: str | None, resize: str | None) -> ImageOptions:
+    options = ImageOptions.convention(convention)
+    try:
+        if mean is not None:
+            options = replace(options, mean=tuple(float(value) for value in mean.split(",")))
+        if std is not None:
+            options = replace(options, std=tuple(float(value) for value in std.split(",")))
+        if resize is not None:
+            sides = tuple(int(side) for side in resize.lower().split("x"))
+            options = replace(options, resize=sides[0] if len(sides) == 1 else (sides[0], sides[1]))
+    except (ValueError, IndexError):
+        given = next(v for v in (mean, std, resize) if v is not None)
+        raise click.UsageError(
+            f"not a number, or a list of them: {given!r} (--mean 0.5,0.5,0.5, --resize 256x256)"
+        ) from None
+    return options
+
+
+def parse_ranks(pairs: Iterable[str]) -> dict[str, int]:
+    """Ranks by pattern, from PATTERN=R."""
+    ranks = {}
+    for pair in pairs:
+        pattern, separator, rank = pair.rpartition("=")
+        if not separator or not pattern or not rank.isdigit():
+            raise click.UsageError(f"--rank {pair!r} is not of the form PATTERN=R, such as --rank '*.fc1*=64'")
+        ranks[pattern] = int(rank)
+    return ranks
