@@ -22,6 +22,7 @@ utilized
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -71,11 +72,11 @@ class Decomposition(Protocol):
     def cut(self, rank: int) -> Factors:
         """Balanced factors of rank `rank`."""
 
-    def cut_by_energy(self, energy: float, rank: int) -> Factors:
-        """Balanced factors that keep the share `energy`, at a rank of at least `rank_for(energy)`."""
+    def cut_by_energy(self, energy: float, rank: int) -> tuple[Factors, float]:
+        """Balanced factors that keep the share `energy`, at a rank of at least `rank_for(energy)`, and their damage."""
 
 
-class _Ordered:
+class _Ordered(ABC):
     """Directions of falling energy [k]: the damage of a cut is the energy of the tail."""
 
     def __init__(self, energies: Matrix) -> None:
@@ -92,11 +93,11 @@ class _Ordered:
     def rank_for(self, energy: float) -> int:
         return rank_for_energy(self._energies, energy)
 
-    def cut(self, rank: int) -> Factors:
-        raise NotImplementedError
+    @abstractmethod
+    def cut(self, rank: int) -> Factors: ...
 
-    def cut_by_energy(self, energy: float, rank: int) -> Factors:
-        return self.cut(rank)
+    def cut_by_energy(self, energy: float, rank: int) -> tuple[Factors, float]:
+        return self.cut(rank), self.damage(rank)
 
 
 class WeightDecomposition(_Ordered):
@@ -173,14 +174,15 @@ class UtilizedDecomposition:
         self._outputs = output_spectrum(weight, self._inputs)
         core = self._inputs.vectors.T @ weight @ self._outputs.vectors
         energy = self._inputs.values[:, None] * core**2
-        kept = np.cumsum(np.cumsum(energy, 0), 1)
-        self.total = float(kept[-1, -1])
-        self._kept = np.append(0.0, np.diagonal(kept))
+        # [k, l] is the energy kept by k directions of the input and l of the output
+        self._kept = np.pad(np.cumsum(np.cumsum(energy, 0), 1), ((1, 0), (1, 0)))
+        self.total = float(self._kept[-1, -1])
 
     def damage(self, rank: int) -> float:
-        if rank >= min(self._weight.shape):
-            return 0.0
-        return max(self.total - float(self._kept[rank]), 0.0)
+        return 0.0 if rank >= min(self._weight.shape) else self._damage(rank, rank)
+
+    def _damage(self, k_input: int, k_output: int) -> float:
+        return max(self.total - float(self._kept[k_input, k_output]), 0.0)
 
     def rank_for(self, energy: float) -> int:
         return min(rank_for_energy(self._inputs.values, energy), rank_for_energy(self._outputs.values, energy))
@@ -190,11 +192,11 @@ class UtilizedDecomposition:
             return WeightDecomposition(self._weight).cut(rank)
         return self._project(rank, rank)
 
-    def cut_by_energy(self, energy: float, rank: int) -> Factors:
-        return self._project(
-            max(rank, rank_for_energy(self._inputs.values, energy)),
-            max(rank, rank_for_energy(self._outputs.values, energy)),
-        )
+    def cut_by_energy(self, energy: float, rank: int) -> tuple[Factors, float]:
+        k_input = max(rank, rank_for_energy(self._inputs.values, energy))
+        k_output = max(rank, rank_for_energy(self._outputs.values, energy))
+        k_output = min(k_output, len(self._outputs.values))
+        return self._project(k_input, k_output), self._damage(k_input, k_output)
 
     def _project(self, k_input: int, k_output: int) -> Factors:
         seen, used = self._inputs.vectors[:, :k_input], self._outputs.vectors[:, :k_output]

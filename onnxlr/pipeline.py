@@ -5,11 +5,9 @@ compress = sites -> moments -> decompositions -> ranks under a target -> rewrite
 
 from __future__ import annotations
 
-import resource
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,10 +21,8 @@ from onnxlr.factorize import OutputDecomposition, UtilizedDecomposition, WeightD
 from onnxlr.files import require_writable
 from onnxlr.metrics import load_metric
 from onnxlr.model_io import check, load, save
-from onnxlr.report import ModelFigures, RefusalReport, Report, WeightReport
-from onnxlr.rewrite import pair_parameters, rewrite
-from onnxlr.session import import_onnxruntime
-from onnxlr.sites import parameter_count
+from onnxlr.rewrite import rewrite
+from onnxlr.summary import summarize
 from onnxlr.targets import Chooser, Part, by_energy, offered_ranks
 from onnxlr.trial import Trial
 from onnxlr.validate import validate
@@ -41,6 +37,7 @@ if TYPE_CHECKING:
     from onnxlr.factorize import Decomposition
     from onnxlr.gram import Stats
     from onnxlr.model_io import Model
+    from onnxlr.report import Report
     from onnxlr.sites import Weight
     from onnxlr.targets import Plan
     from onnxlr.validate import Validation
@@ -131,39 +128,10 @@ def compress(
             # a model that the checker refuses to begin with is not made worse by its compression
             save(compressed, path, force=force, check=_passes_check(case.model))
             file_bytes = load(path).nbytes
-    weights = _weight_reports(case, parts, plan, config, stats)
-    macs = case.inventory.macs
-    saved = sum(w.macs - w.macs_after for w in weights if w.macs is not None and w.macs_after is not None)
-    return Report(
-        model=str(case.model.path or "in memory"),
-        fingerprint=case.model.fingerprint(),
-        output=None if path is None else str(path),
-        config=asdict(config),
-        samples=0 if stats is None else stats.samples,
-        held_out=validation.samples,
-        before=ModelFigures(case.inventory.parameters, macs, case.model.nbytes, dense.median_ms, validation.metric_a),
-        after=ModelFigures(
-            parameter_count(compressed),
-            None if macs is None else round(macs - saved),
-            file_bytes,
-            low_rank.median_ms,
-            validation.metric_b,
-        ),
-        predicted_error=None if plan.predicted is None else sum(plan.predicted.values()) ** 0.5,
-        validation=validation,
-        latency_ratio=low_rank.ratio,
-        weights=weights,
-        refusals=tuple(RefusalReport(r.name, r.op, r.reason, r.parameters, r.macs) for r in case.inventory.refusals),
-        warnings=tuple(_warnings(case, weights, stats)),
-        seconds=clock.seconds,
-        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        versions={
-            "onnxlr": version("onnxlr"),
-            "onnx": version("onnx"),
-            "onnxruntime": import_onnxruntime().__version__,
-            "onnx_graphsurgeon": version("onnx_graphsurgeon"),
-        },
-    )
+    return summarize(
+        case, parts, plan, config, stats, validation, compressed,
+        output=path, file_bytes=file_bytes, latencies=(dense, low_rank), seconds=clock.seconds,
+    )  # fmt: skip
 
 
 def _part(case: Case, weight: Weight, stats: Stats | None, config: Config) -> Part:
@@ -173,17 +141,16 @@ def _part(case: Case, weight: Weight, stats: Stats | None, config: Config) -> Pa
         raise ConfigError(
             f"--rank {fixed} for {weight.name!r} is above its full rank {min(weight.d_in, weight.d_out)}: lower it"
         )
-    decomposition: Decomposition
-    matrix = case.inventory.matrix(weight)
+    matrix, ranks = case.inventory.matrix(weight), offered_ranks(weight, config)
     if stats is None or config.objective == "weight":
-        decomposition = WeightDecomposition(matrix)
+        return Part(weight, WeightDecomposition(matrix), ranks, fixed)
+    moments = weight_moments(stats, case.inventory, weight, config.objective)
+    decomposition: Decomposition
+    if config.objective == "utilized":
+        decomposition = UtilizedDecomposition(matrix, moments)
     else:
-        moments = weight_moments(stats, case.inventory, weight, config.objective)
-        if config.objective == "utilized":
-            decomposition = UtilizedDecomposition(matrix, moments)
-        else:
-            decomposition = OutputDecomposition(matrix, moments, observed_output=weight.observes_output)
-    return Part(weight, decomposition, offered_ranks(weight, config), fixed)
+        decomposition = OutputDecomposition(matrix, moments, observed_output=weight.observes_output)
+    return Part(weight, decomposition, ranks, fixed, moments.count, moments.dim)
 
 
 def _meet_target(
@@ -260,78 +227,6 @@ def _passes_check(model: Model) -> bool:
     except ModelError:
         return False
     return True
-
-
-def _weight_reports(
-    case: Case, parts: Sequence[Part], plan: Plan, config: Config, stats: Stats | None
-) -> tuple[WeightReport, ...]:
-    by_name = {part.weight.name: part for part in parts}
-    corrected = config.objective == "output"
-    reports = []
-    for weight in case.inventory.weights:
-        part = by_name.get(weight.name)
-        rank = None if part is None else plan.ranks[weight.name]
-        damage = 0.0 if part is None or rank is None else part.decomposition.damage(rank)
-        share = weight.d_in * weight.d_out / (weight.d_in + weight.d_out)
-        reports.append(
-            WeightReport(
-                name=weight.name,
-                sites=weight.labels,
-                d_in=weight.d_in,
-                d_out=weight.d_out,
-                rank=rank,
-                reason=case.held_back[weight.name] if part is None else _reason(part, rank, config),
-                parameters=weight.parameters,
-                parameters_after=weight.parameters
-                if rank is None
-                else pair_parameters(case.inventory, weight, rank, corrected=corrected),
-                macs=weight.macs,
-                macs_after=weight.macs if rank is None or weight.macs is None else weight.macs * rank / share,
-                energy=1.0 if part is None or part.decomposition.total == 0 else 1 - damage / part.decomposition.total,
-                predicted_error=None if plan.predicted is None or part is None else plan.predicted[weight.name] ** 0.5,
-                rows=None
-                if stats is None or part is None or config.objective == "weight"
-                else weight_moments(stats, case.inventory, weight, config.objective).count,
-            )
-        )
-    return tuple(reports)
-
-
-def _reason(part: Part, rank: int | None, config: Config) -> str:
-    if part.fixed is not None:
-        return "its rank was given"
-    if rank is not None:
-        return f"chosen for {config.target}"
-    if not part.ranks:
-        return (
-            f"no pair is smaller: no multiple of {config.rank_multiple} is within {config.margin:g} of its break-even "
-            f"rank {part.weight.d_in * part.weight.d_out / (part.weight.d_in + part.weight.d_out):.1f}"
-        )
-    if config.target.kind == "energy":
-        needed = part.decomposition.rank_for(config.target.value)
-        return f"no pair is smaller: {config.target} needs rank {needed}, pairs end at {part.ranks[-1]}"
-    return f"{config.target} is best met with it dense"
-
-
-def _warnings(case: Case, weights: Sequence[WeightReport], stats: Stats | None) -> Iterator[str]:
-    for weight in weights:
-        observed = min(weight.d_in, weight.d_out)
-        if weight.rows is not None and weight.rows <= observed:
-            yield (
-                f"{weight.name}: {weight.rows} calibration rows for {observed} dimensions; directions that no row "
-                "shows are ranked by the weight alone, so calibrate on more data"
-            )
-        if weight.rank is not None and weight.parameters_after > weight.parameters:
-            yield (
-                f"{weight.name}: its pair of rank {weight.rank} is larger than the dense weight; a rank below "
-                f"{weight.d_in * weight.d_out / (weight.d_in + weight.d_out):.1f} would make it smaller"
-            )
-    if case.inventory.uncounted:
-        listed = ", ".join(case.inventory.uncounted[:3])
-        yield f"the multiply-accumulates of {len(case.inventory.uncounted)} operators are unknown ({listed})"
-    if not any(weight.rank is not None for weight in weights):
-        why = "the target leaves every weight dense" if weights else "the model has no weight that can be compressed"
-        yield f"nothing was compressed: {why}"
 
 
 @dataclass(slots=True)

@@ -39,12 +39,17 @@ ROUNDING = 1 + 1e-13
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A weight that takes part, ready to be cut; `ranks` are those on offer, `fixed` the one demanded, if any."""
+    """A weight that takes part, ready to be cut.
+
+    `ranks` are those on offer, `fixed` the one demanded, if any; `rows` of width `dim` made up its moments, if any.
+    """
 
     weight: Weight
     decomposition: Decomposition
     ranks: Sequence[int]
     fixed: int | None = None
+    rows: int | None = None
+    dim: int = 0
 
     def cut(self, rank: int) -> Factors:
         """Its factors at `rank`."""
@@ -58,13 +63,14 @@ def offered_ranks(weight: Weight, config: Config) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Rank (None is dense) and factors by weight, and the squared relative error predicted for each cut alone.
+    """Rank (None is dense), factors and damage by weight, and the squared relative error predicted for each cut alone.
 
-    `predicted` is None where no importance was measured.
+    `damages` are in the units of the objective; `predicted` is None where no importance was measured.
     """
 
     ranks: Mapping[str, int | None]
     factors: Mapping[str, Factors]
+    damages: Mapping[str, float]
     predicted: Mapping[str, float] | None
 
 
@@ -78,14 +84,13 @@ class Planner:
     parts
         The weights that may be cut.
     importance
-        Squared error of the outputs for each unit of a weight's damage; None weighs all weights by their relative
-        damage alone.
+        Squared error of the outputs for each unit of a weight's damage; 0 where a weight has none.
     corrected
         Whether pairs carry biases.
     """
 
     def __init__(
-        self, inventory: Inventory, parts: Sequence[Part], importance: Mapping[str, float] | None, *, corrected: bool
+        self, inventory: Inventory, parts: Sequence[Part], importance: Mapping[str, float], *, corrected: bool
     ) -> None:
         self._inventory, self._parts, self._corrected = inventory, parts, corrected
         self._importance = importance
@@ -96,9 +101,8 @@ class Planner:
             return 0.0
         damage = part.decomposition.damage(rank)
         if damage == 0:
-            return 0.0  # whatever its importance: a weight of zeros has no relative damage, an infinite one no product
-        scale = 1 / part.decomposition.total if self._importance is None else self._importance.get(part.weight.name, 0)
-        return scale * damage
+            return 0.0  # whatever its importance: an infinite one has no product with 0
+        return self._importance.get(part.weight.name, 0.0) * damage
 
     def cost(self, part: Part, rank: int | None, unit: Unit) -> float:
         """Parameters, or multiply-accumulates of one sample, of `part` at `rank`."""
@@ -159,17 +163,20 @@ def by_energy(parts: Sequence[Part], energy: float, config: Config) -> Plan:
     """Every weight at the least rank that keeps `energy`, rounded up to the multiple; dense where that is no gain."""
     ranks: dict[str, int | None] = {}
     factors: dict[str, Factors] = {}
+    damages: dict[str, float] = {}
     for part in parts:
         name = part.weight.name
         if part.fixed is not None:
             ranks[name], factors[name] = part.fixed, part.cut(part.fixed)
+            damages[name] = part.decomposition.damage(part.fixed)
             continue
         rank = -(-part.decomposition.rank_for(energy) // config.rank_multiple) * config.rank_multiple
         if part.ranks and rank <= part.ranks[-1]:
-            ranks[name], factors[name] = rank, part.decomposition.cut_by_energy(energy, rank)
+            ranks[name] = rank
+            factors[name], damages[name] = part.decomposition.cut_by_energy(energy, rank)
         else:
-            ranks[name] = None
-    return Plan(ranks, factors, None)
+            ranks[name], damages[name] = None, 0.0
+    return Plan(ranks, factors, damages, None)
 
 
 class Chooser:
@@ -236,11 +243,14 @@ class Chooser:
         return self._smallest(self._trial.metric, lambda metric: metric >= limit * dense)
 
     def _plan(self, ranks: Mapping[str, int | None]) -> Plan:
-        factors = {
-            part.weight.name: part.cut(rank) for part in self._parts if (rank := ranks[part.weight.name]) is not None
-        }
-        predicted = {part.weight.name: self._planner.predicted(part, ranks[part.weight.name]) for part in self._parts}
-        return Plan(ranks, factors, predicted)
+        factors, damages, predicted = {}, {}, {}
+        for part in self._parts:
+            name, rank = part.weight.name, ranks[part.weight.name]
+            if rank is not None:
+                factors[name] = part.cut(rank)
+            damages[name] = 0.0 if rank is None else part.decomposition.damage(rank)
+            predicted[name] = self._planner.predicted(part, rank)
+        return Plan(ranks, factors, damages, predicted)
 
     def _smallest(
         self, measure: Callable[[Mapping[str, Factors], Observed], float], accepts: Callable[[float], bool]

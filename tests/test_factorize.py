@@ -276,18 +276,21 @@ def test_utilized_is_the_weight_between_two_projections(seed: int, d_in: int, d_
     rank = decomposition.rank_for(energy)
     assert rank == min(k_input, k_output)
     for asked in range(rank, layer.full + 1):
-        factors = decomposition.cut_by_energy(energy, asked)
+        factors, damage = decomposition.cut_by_energy(energy, asked)
         assert factors.rank == asked
         expected = projected(max(k_input, asked), max(k_output, asked))
         np.testing.assert_allclose(factors.first @ factors.second, expected, rtol=0, atol=1e-8)
+        lost = layer.weight - expected
+        assert damage == pytest.approx(float(np.sum(lost * (second @ lost))), abs=1e-8 * decomposition.total)
 
 
 @pytest.mark.parametrize("name", ["weight", "output"])
 def test_a_cut_by_energy_is_the_cut_at_its_rank(name: str) -> None:
     decomposition = well_conditioned(7, 9, 1).decompositions()[name]
-    a, b = decomposition.cut_by_energy(0.9, 4), decomposition.cut(4)
+    (a, damage), b = decomposition.cut_by_energy(0.9, 4), decomposition.cut(4)
     np.testing.assert_array_equal(a.first, b.first)
     np.testing.assert_array_equal(a.second, b.second)
+    assert damage == decomposition.damage(4)
 
 
 def assert_balanced(factors: Factors) -> None:

@@ -61,9 +61,14 @@ def parts_of(inventory: Inventory, config: Config, fixed: Mapping[str, int] | No
     ]
 
 
+def relative_to(parts: Sequence[Part]) -> dict[str, float]:
+    """Importances that make every weight's damage count as a share of its own total."""
+    return {part.weight.name: 1 / part.decomposition.total for part in parts if part.decomposition.total}
+
+
 def planner_of(inventory: Inventory, config: Config, fixed: Mapping[str, int] | None = None) -> Planner:
     parts = parts_of(inventory, config, fixed)
-    return Planner(inventory, parts, None, corrected=False)
+    return Planner(inventory, parts, relative_to(parts), corrected=False)
 
 
 def spent(inventory: Inventory, ranks: Mapping[str, int | None], unit: str) -> float:
@@ -158,10 +163,10 @@ def test_predictions_are_in_the_unit_of_the_importance() -> None:
     inventory = take()
     parts = parts_of(inventory, FINE)
     first, second, _ = parts
-    relative = Planner(inventory, parts, None, corrected=False)
+    relative = planner_of(inventory, FINE)
     weighed = Planner(inventory, parts, {"w1": 3.0}, corrected=False)
     assert relative.predicted(first, 0) == pytest.approx(1.0)
-    assert relative.predicted(first, 5) == first.decomposition.damage(5) / first.decomposition.total
+    assert relative.predicted(first, 5) == pytest.approx(first.decomposition.damage(5) / first.decomposition.total)
     assert weighed.predicted(first, 5) == 3.0 * first.decomposition.damage(5)
     assert weighed.predicted(second, 5) == 0
     assert relative.predicted(first, None) == weighed.predicted(first, None) == 0
@@ -171,7 +176,7 @@ def test_a_weight_of_zeros_and_an_infinite_importance_are_planned_with_numbers()
     inventory = take(zero=True)
     parts = parts_of(inventory, FINE)
     assert parts[0].decomposition.total == 0
-    for importance in (None, {part.weight.name: math.inf for part in parts}):
+    for importance in ({}, {part.weight.name: math.inf for part in parts}):
         planner = Planner(inventory, parts, importance, corrected=False)
         assert [planner.predicted(part, 1) for part in parts] == [0.0] * len(parts)
         assert set(planner.fits(planner.least("params"), "params").values()) == {1}
@@ -181,7 +186,7 @@ def test_a_correction_of_the_bias_is_part_of_the_cost() -> None:
     inventory = take()
     (first, *_), config = inventory.weights, FINE
     plain, corrected = (
-        Planner(inventory, parts_of(inventory, config), None, corrected=corrected) for corrected in (False, True)
+        Planner(inventory, parts_of(inventory, config), {}, corrected=corrected) for corrected in (False, True)
     )
     part = parts_of(inventory, config)[0]
     assert plain.cost(part, 3, "params") == 3 * (first.d_in + first.d_out)
@@ -224,7 +229,7 @@ def test_the_utilized_objective_keeps_its_energy_on_both_sides() -> None:
     part = Part(weight, decomposition, offered_ranks(weight, config))
     (factors,) = by_energy([part], 0.7, config).factors.values()
     assert factors.rank == -(-decomposition.rank_for(0.7) // 2) * 2
-    both, same = decomposition.cut_by_energy(0.7, factors.rank), decomposition.cut(factors.rank)
+    (both, _), same = decomposition.cut_by_energy(0.7, factors.rank), decomposition.cut(factors.rank)
     product = factors.first @ factors.second
     np.testing.assert_allclose(product, both.first @ both.second, rtol=0, atol=1e-12)
     # the side that needs more directions keeps them
