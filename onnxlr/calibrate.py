@@ -44,7 +44,7 @@ def site_probe(weight: Weight, site: Site, objective: Objective) -> Probe | None
     """What has to be observed at a site for an objective; None where the objective needs no data."""
     if objective == "weight":
         return None
-    if objective == "output" and weight.observes_output:
+    if objective != "utilized" and weight.observes_output:
         return site.output, site.output_axis
     return site.input, site.input_axis
 
@@ -159,6 +159,30 @@ def _hashed(samples: Iterable[Sample], digest: Any) -> Iterator[Sample]:
             digest.update(f"{name}{sample[name].shape}{sample[name].dtype}".encode())
             digest.update(_bytes_of(sample[name]))
         yield sample
+
+
+def gradient_key(output: str) -> str:
+    """The name, in a `Stats`, of the gradient moments at a site's output."""
+    return f"{output}:gradient"
+
+
+def weight_gradients(stats: Stats, weight: Weight) -> Moments | None:
+    """The gradient moments of one weight: those of all its sites added up; None where no gradient reached one.
+
+    Raises
+    ------
+    StatsError
+        `stats` has no gradient moments at all.
+    """
+    if not any(key.endswith(":gradient") for key in stats.moments):
+        raise StatsError("these moments hold no gradients: gather them with `onnxlr calibrate --objective fisher`")
+    parts = [stats.moments[key] for site in weight.sites if (key := gradient_key(site.output)) in stats.moments]
+    if len(parts) < len(weight.sites):
+        return None
+    total, *rest = parts
+    for part in rest:
+        total = total + part
+    return total
 
 
 def _bytes_of(array: NDArray[Any]) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -102,7 +102,7 @@ def _taking_part(inventory: Inventory, config: Config) -> tuple[list[Weight], di
 
 def gather(case: Case, config: Config, progress: Progress) -> Stats:
     """The moments that `config.objective` needs, over the calibration part of the data."""
-    return accumulate(
+    stats = accumulate(
         case.model,
         case.inventory,
         case.calibration,
@@ -110,6 +110,19 @@ def gather(case: Case, config: Config, progress: Progress) -> Stats:
         config,
         progress=lambda done: progress("calibrate", done, None),
     )
+    if config.objective != "fisher":
+        return stats
+    from onnxlr.fisher import gradient_moments  # torch is not there for every user
+
+    gradients = gradient_moments(
+        case.model,
+        case.inventory,
+        case.calibration,
+        case.inputs,
+        config,
+        progress=lambda done: progress("gradients", done, None),
+    )
+    return replace(stats, moments={**stats.moments, **gradients})
 
 
 def require_same_model(stats: Stats, model: Model) -> Stats:

@@ -11,7 +11,7 @@ from onnxlr.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-Objective = Literal["weight", "utilized", "output"]
+Objective = Literal["weight", "utilized", "output", "fisher"]
 TargetKind = Literal["energy", "keep_params", "keep_macs", "max_error", "min_metric_kept"]
 
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
@@ -91,6 +91,11 @@ class Config:
     metric: str = "top1"
     provider: str = "cpu"
     threads: int = 0
+
+    @property
+    def corrects_bias(self) -> bool:
+        """Whether the pairs of the objective come with a correction of the bias."""
+        return self.objective in ("output", "fisher")
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:

@@ -18,6 +18,12 @@ utilized
     `P_T W P_S`, the projections on the leading eigenvectors of the input's and the output's second moments (Garg et
     al. 2024, arXiv 2407.04797), without a correction of the bias, as in the paper. Cut at a rank `r`, both sides keep
     `r` directions; by energy, each side keeps its own number, and the rank is the smaller one.
+
+fisher
+    The error of the network's output instead of the layer's own. With `G` the moments of the network's gradients at the
+    layer's output (see `onnxlr.fisher`) and `V` the `r` leading eigenvectors of `G^1/2 S G^1/2`, `A = W G^1/2 V`,
+    `B = V^T G^-1/2`, and the bias takes over the mean of what is cut off. Loses the tail of those eigenvalues, the
+    expected squared change of the network's output. `G` is regularised by `SHRINKAGE * tr(G) / d_out` on its diagonal.
 """
 
 from __future__ import annotations
@@ -38,6 +44,8 @@ if TYPE_CHECKING:
 
     Matrix = NDArray[np.float64]
 
+SHRINKAGE = 0.03
+"""Weight of the identity in the gradient moments: a random probe a row is a noisy look at them."""
 RIDGE = 1e-6
 """Weight of the regularisation of the output objective, relative to the mean energy of a direction."""
 
@@ -163,6 +171,42 @@ class OutputDecomposition(_Ordered):
         kept = self._basis[:, :rank]
         bias = self._mean - (self._mean @ kept) @ kept.T
         return balanced(Factors(self._weight @ kept, kept.T, bias))
+
+
+class FisherDecomposition:
+    """The objective "fisher" for `weight [d_in, d_out]`: the objective "output" of `W G^1/2`, mapped back.
+
+    Parameters
+    ----------
+    weight, moments, observed_output
+        As of `OutputDecomposition`.
+    gradients
+        Moments of the network's gradients at the output [d_out].
+    """
+
+    def __init__(self, weight: Matrix, moments: Moments, gradients: Moments, *, observed_output: bool = False) -> None:
+        gram = gradients.second
+        scale = float(np.trace(gram)) / len(gram)
+        gains = eigen(gram + SHRINKAGE * scale * np.eye(len(gram)) if scale > 0 else np.eye(len(gram)))
+        root = (gains.vectors * np.sqrt(gains.values)) @ gains.vectors.T
+        self._back = (gains.vectors / np.sqrt(gains.values)) @ gains.vectors.T
+        seen = moments.mapped(root) if observed_output else moments
+        self._weighed = OutputDecomposition(weight @ root, seen, observed_output=observed_output)
+        self.total = self._weighed.total
+
+    def damage(self, rank: int) -> float:
+        return self._weighed.damage(rank)
+
+    def rank_for(self, energy: float) -> int:
+        return self._weighed.rank_for(energy)
+
+    def cut(self, rank: int) -> Factors:
+        weighed = self._weighed.cut(rank)
+        assert weighed.bias is not None
+        return balanced(Factors(weighed.first, weighed.second @ self._back, weighed.bias @ self._back))
+
+    def cut_by_energy(self, energy: float, rank: int) -> tuple[Factors, float]:
+        return self.cut(rank), self.damage(rank)
 
 
 class UtilizedDecomposition:

@@ -55,6 +55,10 @@ class Moments:
         gram = self.gram + cross + cross.T + self.count * np.outer(offset, offset)
         return Moments(self.count, self.total + self.count * offset, gram)
 
+    def mapped(self, matrix: NDArray[np.float64]) -> Moments:
+        """The moments of `x M` for the same rows; matrix [d, k]."""
+        return Moments(self.count, self.total @ matrix, matrix.T @ self.gram @ matrix)
+
     @property
     def dim(self) -> int:
         """The width `d` of the rows."""

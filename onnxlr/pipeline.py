@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnxlr.bench import compare_latency
-from onnxlr.calibrate import weight_moments
+from onnxlr.calibrate import weight_gradients, weight_moments
 from onnxlr.case import gather, load_truth, prepare, quiet, require_held_out, require_same_division, require_same_model
 from onnxlr.config import Config
 from onnxlr.data import ImageOptions, batches, fixed_batch, spread
 from onnxlr.errors import ConfigError, GateError, ModelError
-from onnxlr.factorize import OutputDecomposition, UtilizedDecomposition, WeightDecomposition
+from onnxlr.factorize import FisherDecomposition, OutputDecomposition, UtilizedDecomposition, WeightDecomposition
 from onnxlr.files import require_writable
 from onnxlr.metrics import load_metric
 from onnxlr.model_io import check, load, save
@@ -146,11 +146,17 @@ def _part(case: Case, weight: Weight, stats: Stats | None, config: Config) -> Pa
         return Part(weight, WeightDecomposition(matrix), ranks, fixed)
     moments = weight_moments(stats, case.inventory, weight, config.objective)
     decomposition: Decomposition
+    note = ""
+    gradients = weight_gradients(stats, weight) if config.objective == "fisher" else None
     if config.objective == "utilized":
         decomposition = UtilizedDecomposition(matrix, moments)
+    elif gradients is not None:
+        decomposition = FisherDecomposition(matrix, moments, gradients, observed_output=weight.observes_output)
     else:
+        if config.objective == "fisher":
+            note = "no gradient reaches it, so its own output's error is minimised; "
         decomposition = OutputDecomposition(matrix, moments, observed_output=weight.observes_output)
-    return Part(weight, decomposition, ranks, fixed, moments.count, moments.dim)
+    return Part(weight, decomposition, ranks, fixed, moments.count, moments.dim, note)
 
 
 def _meet_target(
@@ -210,7 +216,7 @@ def _metric_kept(validation: Validation, share: float) -> bool:
 def _chooser(
     case: Case, parts: Sequence[Part], config: Config, labels: NDArray[np.int64] | None, progress: Progress
 ) -> Chooser:
-    trial = Trial(case.inventory, case.weights, case.inputs, config, corrected=config.objective == "output")
+    trial = Trial(case.inventory, case.weights, case.inputs, config, corrected=config.corrects_bias)
     probed = trial.observe(spread(case.calibration, max(IMPORTANCE_SAMPLES, fixed_batch(case.inputs) or 1)))
     numbered = list(spread(case.held_out, SEARCH_SAMPLES).indexed())
     truth = None if labels is None else labels[[index for index, _ in numbered]]

@@ -78,7 +78,7 @@ def summarize(
 
 def _weight_reports(case: Case, parts: Sequence[Part], plan: Plan, config: Config) -> tuple[WeightReport, ...]:
     by_name = {part.weight.name: part for part in parts}
-    corrected = config.objective == "output"
+    corrected = config.corrects_bias
     reports = []
     for weight in case.inventory.weights:
         part = by_name.get(weight.name)
@@ -92,7 +92,7 @@ def _weight_reports(case: Case, parts: Sequence[Part], plan: Plan, config: Confi
                 d_in=weight.d_in,
                 d_out=weight.d_out,
                 rank=rank,
-                reason=case.held_back[weight.name] if part is None else _reason(part, rank, config),
+                reason=case.held_back[weight.name] if part is None else part.note + _reason(part, rank, config),
                 parameters=weight.parameters,
                 parameters_after=weight.parameters
                 if rank is None

@@ -42,6 +42,7 @@ class Part:
     """A weight that takes part, ready to be cut.
 
     `ranks` are those on offer, `fixed` the one demanded, if any; `rows` of width `dim` made up its moments, if any.
+    `note` goes before the reason for its rank in the report.
     """
 
     weight: Weight
@@ -50,6 +51,7 @@ class Part:
     fixed: int | None = None
     rows: int | None = None
     dim: int = 0
+    note: str = ""
 
     def cut(self, rank: int) -> Factors:
         """Its factors at `rank`."""
@@ -210,7 +212,7 @@ class Chooser:
     ) -> None:
         self._parts, self._trial, self._held_out = parts, trial, held_out
         self._target, self._progress = config.target, progress
-        self._planner = Planner(inventory, parts, self._importance(probed), corrected=config.objective == "output")
+        self._planner = Planner(inventory, parts, self._importance(probed), corrected=config.corrects_bias)
 
     def _importance(self, probed: Observed) -> dict[str, float]:
         importance = {}

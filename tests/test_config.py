@@ -53,7 +53,7 @@ def test_an_unknown_target_lists_the_known_ones() -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"objective": "fast"}, "unknown objective 'fast': choose one of weight, utilized, output"),
+        ({"objective": "fast"}, "unknown objective 'fast': choose one of weight, utilized, output, fisher"),
         ({"rank_multiple": 0}, "rank_multiple must be at least 1, not 0"),
         ({"batch": 0}, "batch must be at least 1, not 0"),
         ({"batch": -3}, "batch must be at least 1, not -3"),

@@ -4,7 +4,8 @@
 
 Every objective compresses the model to every share of its parameters, calibrated on the sample's unlabelled images, and
 is tested on the labelled ones. "utilized" is the method of arXiv 2407.04797 at a fixed rank; "weight" is the plain
-singular value decomposition, which no data enter. About five minutes on two cores; the figure needs matplotlib.
+singular value decomposition, which no data enter; "fisher" needs torch. About five minutes on two cores; the figure
+needs matplotlib.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import onnxlr
 
 SAMPLE = Path(__file__).parent.parent / "samples" / "fashion_vit"
 SHARES = (0.75, 0.5, 0.35, 0.25, 0.15)
-OBJECTIVES = ("weight", "utilized", "output")
+OBJECTIVES = ("weight", "utilized", "output", "fisher")
 
 
 def main() -> None:
@@ -68,7 +69,7 @@ def draw(results: dict, dense: float, path: Path) -> None:
     mpl.rcParams["svg.hashsalt"] = "onnxlr"  # the same figures give the same file
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     shares = [100 * share for share in SHARES]
-    for objective, colour in zip(OBJECTIVES, ("#b0b0b0", "#e08a2e", "#1f6fb4"), strict=True):
+    for objective, colour in zip(OBJECTIVES, ("#b0b0b0", "#e08a2e", "#1f6fb4", "#2a9d5c"), strict=True):
         parities = [results[objective, share][0] for share in SHARES]
         left.plot(shares, [p.error for p in parities], "o-", color=colour, label=objective)
         right.plot(shares, [100 * p.metric_b for p in parities], "o-", color=colour, label=objective)
