@@ -386,6 +386,25 @@ def test_an_infinite_error_is_a_string_in_json(tmp_path: Path) -> None:
     assert strict(result.out)["error"] == "Infinity"
 
 
+def test_what_polygraphy_finds_in_padding_is_no_failure(tmp_path: Path) -> None:
+    for name, factor in (("a", 0.0), ("b", 100.0)):
+        model = onnx.parser.parse_model(
+            '<ir_version: 8, opset_import: ["" : 17]> g (float[N, S, 4] x, int64[N, S] m) => (float[N, S, 4] y) '
+            "{ w = Unsqueeze(m, last) p = Cast<to = 1>(w) q = Sub(one, p) e = Mul(q, c) y = Add(x, e) }"
+        )
+        for tensor, value in (("one", np.float32(1)), ("c", np.float32(factor)), ("last", np.array([2], np.int64))):
+            model.graph.initializer.append(numpy_helper.from_array(np.asarray(value), tensor))
+        onnx.save(model, tmp_path / f"{name}.onnx")
+    mask = np.tile(np.array([1, 1, 0], np.int64), (4, 1))
+    np.savez(tmp_path / "d.npz", x=rows(12, 4).reshape(4, 3, 4), m=mask)
+    command = ("validate", tmp_path / "a.onnx", tmp_path / "b.onnx", "--data", tmp_path / "d.npz")
+    masked = invoke(*command, "--mask", "m")
+    assert masked.code == 0
+    assert "padding included (it does not count)" in masked.out
+    assert "FAILED" in masked.out
+    assert invoke(*command).code == 3
+
+
 def test_a_mask_keeps_padding_out(shelf: Path, tmp_path: Path) -> None:
     command = ("compress", shelf / "attention.onnx", "--calib", shelf / "seq", "--keep-params", 0.7, "--json")
     masked = figures(invoke(*command, "-o", tmp_path / "m.onnx", "--mask", "mask"))
