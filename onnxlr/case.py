@@ -102,6 +102,9 @@ def _taking_part(inventory: Inventory, config: Config) -> tuple[list[Weight], di
 
 def gather(case: Case, config: Config, progress: Progress) -> Stats:
     """The moments that `config.objective` needs, over the calibration part of the data."""
+    if config.objective == "fisher":
+        from onnxlr.fisher import gradient_moments  # torch is not there for every user, and missed before the work
+
     stats = accumulate(
         case.model,
         case.inventory,
@@ -112,8 +115,6 @@ def gather(case: Case, config: Config, progress: Progress) -> Stats:
     )
     if config.objective != "fisher":
         return stats
-    from onnxlr.fisher import gradient_moments  # torch is not there for every user
-
     gradients = gradient_moments(
         case.model,
         case.inventory,
