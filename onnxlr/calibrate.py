@@ -8,12 +8,14 @@ layers that read one tensor share them, and where a layer's output is the smalle
 from __future__ import annotations
 
 import hashlib
+from functools import reduce
+from operator import add
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 
-from onnxlr.data import batches, has_batch_axis
+from onnxlr.data import batches, sample_count
 from onnxlr.errors import DataError, StatsError
 from onnxlr.gram import Moments, Stats
 from onnxlr.metrics import token_rows
@@ -139,7 +141,7 @@ def accumulate(
                     "check the model and the data with onnxruntime"
                 )
             sums[probe] = sums[probe] + moments if probe in sums else moments
-        size = len(next(iter(feed.values()))) if has_batch_axis(inputs) else 1
+        size = sample_count(feed, inputs)
         count += size
         progress(size)
     if not count:
@@ -179,10 +181,7 @@ def weight_gradients(stats: Stats, weight: Weight) -> Moments | None:
     parts = [stats.moments[key] for site in weight.sites if (key := gradient_key(site.output)) in stats.moments]
     if len(parts) < len(weight.sites):
         return None
-    total, *rest = parts
-    for part in rest:
-        total = total + part
-    return total
+    return reduce(add, parts)
 
 
 def _bytes_of(array: NDArray[Any]) -> bytes:
@@ -213,7 +212,4 @@ def weight_moments(stats: Stats, inventory: Inventory, weight: Weight, objective
         if probe[0] == site.output and bias is not None:
             moments = moments.shifted(-bias)
         parts.append(moments)
-    total, *rest = parts
-    for part in rest:
-        total = total + part
-    return total
+    return reduce(add, parts)

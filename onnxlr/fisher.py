@@ -18,7 +18,7 @@ from onnxlr.torch_graph import check_parity, to_array, to_tensor, to_torch
 import torch
 
 from onnxlr.calibrate import gradient_key, mask_of, rows_of
-from onnxlr.data import batches, has_batch_axis
+from onnxlr.data import batches, sample_count
 from onnxlr.errors import DataError, ModelError
 from onnxlr.gram import Moments
 from onnxlr.metrics import token_rows
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from onnxlr.config import Config
-    from onnxlr.data import Feed, Sample, TensorSpec
+    from onnxlr.data import Sample, TensorSpec
     from onnxlr.model_io import Model
     from onnxlr.sites import Inventory
 
@@ -86,7 +86,7 @@ def gradient_moments(
                 raise DataError(f"the gradient at {name!r} is not finite: use --objective output")
             key = gradient_key(name)
             sums[key] = sums[key] + moments if key in sums else moments
-        progress(_rows(feed, inputs))
+        progress(sample_count(feed, inputs))
     return sums
 
 
@@ -107,7 +107,3 @@ def _probed_outputs(model: Model, outputs: Sequence[str]) -> list[str]:
         saturating = name in makers and makers[name].op_type in SATURATING
         probed.append(makers[name].input[0] if saturating else name)
     return list(dict.fromkeys(probed))
-
-
-def _rows(feed: Feed, inputs: Sequence[TensorSpec]) -> int:
-    return len(feed[inputs[0].name]) if has_batch_axis(inputs) else 1

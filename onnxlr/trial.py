@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from onnxlr.data import batches, has_batch_axis
+from onnxlr.data import batches, sample_count
 from onnxlr.factorize import Factors
 from onnxlr.metrics import MeanMetric, load_metric, relative_error
 from onnxlr.rewrite import emit, lay_out
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from onnxlr.config import Config
     from onnxlr.data import Feed, Sample, TensorSpec
     from onnxlr.model_io import Model
+    from onnxlr.rewrite import SiteArrays
     from onnxlr.sites import Inventory, Weight
 
     Outputs = Mapping[str, NDArray[Any]]
@@ -69,12 +70,12 @@ class Trial:
         self._inventory, self._weights, self._inputs = inventory, weights, inputs
         self._batch, self._mask, self._metric = config.batch, config.mask, config.metric
         self._reference = Session(inventory.model, provider=config.provider, threads=config.threads)
-        self._dense = {weight.name: _dense(inventory.matrix(weight), corrected) for weight in weights}
-        self._session = Session(self._with_free_ranks(), provider=config.provider, threads=config.threads)
-        self._dense_arrays = {weight.name: self._arrays(weight, self._dense[weight.name]) for weight in weights}
+        dense = {w.name: lay_out(inventory, w, _dense(inventory.matrix(w), corrected)) for w in weights}
+        free = self._with_free_ranks([arrays for layouts in dense.values() for arrays in layouts])
+        self._session = Session(free, provider=config.provider, threads=config.threads)
+        self._dense = {name: _named(layouts) for name, layouts in dense.items()}
 
-    def _with_free_ranks(self) -> Model:
-        layouts = [arrays for w in self._weights for arrays in lay_out(self._inventory, w, self._dense[w.name])]
+    def _with_free_ranks(self, layouts: Sequence[SiteArrays]) -> Model:
         free: dict[str, NDArray[Any]] = {}
 
         def make(name: str, array: NDArray[Any]) -> gs.Tensor:
@@ -88,17 +89,12 @@ class Trial:
             model.proto.graph.input.append(onnx.helper.make_tensor_value_info(name, element, axes))
         return model
 
-    def _arrays(self, weight: Weight, factors: Factors) -> dict[str, NDArray[Any]]:
-        layouts = lay_out(self._inventory, weight, factors)
-        named = [pair for arrays in layouts for pair in (arrays.first, arrays.second, arrays.bias) if pair is not None]
-        return dict(named)
-
     def observe(self, samples: Iterable[Sample], labels: NDArray[Any] | None = None) -> Observed:
         """Run the dense model on `samples`, to compare plans with; `labels`, one a sample, are for `metric`."""
         observed = []
         first = 0
         for feed in batches(samples, self._batch, self._inputs):
-            rows = self._rows(feed)
+            rows = sample_count(feed, self._inputs)
             own = None if labels is None else labels[first : first + rows]
             observed.append((feed, self._reference.run(feed), own))
             first += rows
@@ -107,8 +103,8 @@ class Trial:
     def _outputs(self, factors: Mapping[str, Factors], observed: Observed) -> Iterator[Outputs]:
         arrays: dict[str, NDArray[Any]] = {}
         for weight in self._weights:
-            cut = weight.name in factors
-            arrays |= self._arrays(weight, factors[weight.name]) if cut else self._dense_arrays[weight.name]
+            cut = factors.get(weight.name)
+            arrays |= self._dense[weight.name] if cut is None else _named(lay_out(self._inventory, weight, cut))
         for feed, _, _ in observed:
             yield self._session.run({**feed, **arrays})
 
@@ -129,8 +125,9 @@ class Trial:
         assert mean.value is not None
         return mean.value
 
-    def _rows(self, feed: Feed) -> int:
-        return len(feed[self._inputs[0].name]) if has_batch_axis(self._inputs) else 1
+
+def _named(layouts: Iterable[SiteArrays]) -> dict[str, NDArray[Any]]:
+    return dict(pair for arrays in layouts for pair in (arrays.first, arrays.second, arrays.bias) if pair is not None)
 
 
 def _dense(matrix: NDArray[np.float64], corrected: bool) -> Factors:

@@ -17,7 +17,7 @@ from onnxlr.data.arrays import load_labels
 from onnxlr.data.dataset import Dataset, batches, split, spread
 from onnxlr.data.images import ImageOptions
 from onnxlr.data.source import open_data
-from onnxlr.data.spec import Feed, Sample, TensorSpec, fixed_batch, has_batch_axis
+from onnxlr.data.spec import Feed, Sample, TensorSpec, fixed_batch, has_batch_axis, sample_count
 
 __all__ = [
     "Dataset",
@@ -30,6 +30,7 @@ __all__ = [
     "has_batch_axis",
     "load_labels",
     "open_data",
+    "sample_count",
     "split",
     "spread",
 ]

@@ -67,6 +67,11 @@ def fixed_batch(inputs: Sequence[TensorSpec]) -> int | None:
     return leading if isinstance(leading, int) else None
 
 
+def sample_count(feed: Feed, inputs: Sequence[TensorSpec]) -> int:
+    """How many samples a feed holds: the length of its batch axis, or 1 where the model has none."""
+    return len(feed[inputs[0].name]) if has_batch_axis(inputs) else 1
+
+
 def names(inputs: Sequence[TensorSpec]) -> str:
     """List the inputs' names for a message: `'input_ids', 'attention_mask'`."""
     return ", ".join(repr(spec.name) for spec in inputs)

@@ -11,7 +11,7 @@ them with `apt-get install dataset-fashion-mnist`. Written beside this script:
     test/images.npz           2,000 test images
     test_labels.npy           their labels, int64 [2000]
 
-About half an hour on two CPU cores; 88.93% of all 10,000 test images after 8 epochs.
+About an hour on one CPU core; 88.93% of all 10,000 test images after 8 epochs.
 """
 
 from __future__ import annotations
