@@ -11,7 +11,7 @@ import onnx
 
 from onnxlr.calibrate import accumulate
 from onnxlr.data import ImageOptions, batches, fixed_batch, load_labels, open_data, split
-from onnxlr.errors import ConfigError, DataError, StatsError
+from onnxlr.errors import ConfigError, DataError, InstallError, ModelError, StatsError
 from onnxlr.model_io import Model, from_proto, load
 from onnxlr.session import Session
 from onnxlr.shapes import measure_shapes
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from onnxlr.config import Config
     from onnxlr.data import Dataset, TensorSpec
-    from onnxlr.gram import Stats
+    from onnxlr.gram import Moments, Stats
     from onnxlr.sites import Inventory, Weight
 
     ModelLike = str | Path | Model | onnx.ModelProto
@@ -100,11 +100,21 @@ def _taking_part(inventory: Inventory, config: Config) -> tuple[list[Weight], di
     return taking_part, held_back
 
 
-def gather(case: Case, config: Config, progress: Progress) -> Stats:
-    """The moments that `config.objective` needs, over the calibration part of the data."""
-    if config.objective == "fisher":
-        from onnxlr.fisher import gradient_moments  # torch is not there for every user, and missed before the work
+def gather(case: Case, config: Config, progress: Progress) -> tuple[Stats, str]:
+    """The moments that `config.objective` needs, over the calibration part of the data.
 
+    For the objective "auto" those of "fisher", or of "output" where there can be no gradients; the second value says
+    why, and is empty otherwise.
+    """
+    gradients: Mapping[str, Moments] = {}
+    why = ""
+    if config.objective in ("fisher", "auto"):
+        try:
+            gradients = _gradients(case, config, progress)
+        except (InstallError, ModelError, DataError) as error:
+            if config.objective == "fisher":
+                raise
+            why = str(error)
     stats = accumulate(
         case.model,
         case.inventory,
@@ -113,9 +123,13 @@ def gather(case: Case, config: Config, progress: Progress) -> Stats:
         config,
         progress=lambda done: progress("calibrate", done, None),
     )
-    if config.objective != "fisher":
-        return stats
-    gradients = gradient_moments(
+    return replace(stats, moments={**stats.moments, **gradients}), why
+
+
+def _gradients(case: Case, config: Config, progress: Progress) -> Mapping[str, Moments]:
+    from onnxlr.fisher import gradient_moments  # torch is not there for every user, and missed before the work
+
+    return gradient_moments(
         case.model,
         case.inventory,
         case.calibration,
@@ -123,7 +137,6 @@ def gather(case: Case, config: Config, progress: Progress) -> Stats:
         config,
         progress=lambda done: progress("gradients", done, None),
     )
-    return replace(stats, moments={**stats.moments, **gradients})
 
 
 def require_same_model(stats: Stats, model: Model) -> Stats:

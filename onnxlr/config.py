@@ -11,10 +11,14 @@ from onnxlr.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-Objective = Literal["weight", "utilized", "output", "fisher"]
+Objective = Literal["auto", "weight", "utilized", "output", "fisher"]
+Form = Literal["pair", "block", "shared", "width"]
+Allocation = Literal["global", "uniform"]
 TargetKind = Literal["energy", "keep_params", "keep_macs", "max_error", "min_metric_kept"]
 
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
+FORMS: tuple[Form, ...] = get_args(Form)
+ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
 TARGETS: tuple[TargetKind, ...] = get_args(TargetKind)
 
 
@@ -65,7 +69,14 @@ class Config:
     rank_multiple
         Ranks are multiples of this number: hardware runs them faster.
     margin
-        No rank above this share of the break-even rank is used: such a pair saves little and adds an operator.
+        No form that keeps more than this share of a weight's parameters is used: it saves little and adds operators.
+    forms
+        What may be made of a weight: a plain pair; a pair with an identity block; pairs with one first factor for
+        weights that read the same tensor; fewer hidden units.
+    allocation
+        One budget for the whole model, or the same share for every weight.
+    rounds
+        How often importances are measured again at the plan that was found, as long as that makes it better.
     batch
         Samples in a batch, where the model's batch axis is free.
     holdout_every
@@ -78,13 +89,16 @@ class Config:
         Where and how onnxruntime runs.
     """
 
-    objective: Objective = "output"
+    objective: Objective = "auto"
     target: Target = field(default_factory=Target)
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     ranks: Mapping[str, int] = field(default_factory=dict)
     rank_multiple: int = 16
     margin: float = 0.85
+    forms: frozenset[Form] = frozenset(FORMS)
+    allocation: Allocation = "global"
+    rounds: int = 1
     batch: int = 8
     holdout_every: int = 8
     mask: str | None = None
@@ -98,6 +112,12 @@ class Config:
         return self.objective in ("output", "fisher")
 
     def __post_init__(self) -> None:
+        if unknown := self.forms - set(FORMS):
+            raise ConfigError(f"unknown form {min(unknown)!r}: choose of {', '.join(FORMS)}")
+        if self.allocation not in ALLOCATIONS:
+            raise ConfigError(f"unknown allocation {self.allocation!r}: choose one of {', '.join(ALLOCATIONS)}")
+        if self.rounds < 0:
+            raise ConfigError(f"rounds must be at least 0, not {self.rounds}")
         if self.objective not in OBJECTIVES:
             raise ConfigError(f"unknown objective {self.objective!r}: choose one of {', '.join(OBJECTIVES)}")
         for name in ("rank_multiple", "batch"):

@@ -1,7 +1,7 @@
 """From a weight and the moments of its data to two factors: `W [d_in, d_out] ~ A [d_in, r] B [r, d_out]`.
 
 A `Decomposition` is prepared once for a weight and then cut at any rank. `damage(r)` is what the cut loses in the
-units of its objective, and `total` what cutting everything would lose. Three objectives:
+units of its objective, and `total` what cutting everything would lose. Four objectives:
 
 weight
     The singular value decomposition of `W`; no data. Loses `||W - A B||^2`.
@@ -24,12 +24,14 @@ fisher
     layer's output (see `onnxlr.fisher`) and `V` the `r` leading eigenvectors of `G^1/2 S G^1/2`, `A = W G^1/2 V`,
     `B = V^T G^-1/2`, and the bias takes over the mean of what is cut off. Loses the tail of those eigenvalues, the
     expected squared change of the network's output. `G` is regularised by `SHRINKAGE * tr(G) / d_out` on its diagonal.
+    It is the objective "output" for the weight `W G^1/2`, mapped back.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -38,6 +40,8 @@ import scipy.linalg
 from onnxlr.spectrum import Spectrum, eigen, output_spectrum, rank_for_energy
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from onnxlr.gram import Moments
@@ -173,40 +177,78 @@ class OutputDecomposition(_Ordered):
         return balanced(Factors(self._weight @ kept, kept.T, bias))
 
 
-class FisherDecomposition:
-    """The objective "fisher" for `weight [d_in, d_out]`: the objective "output" of `W G^1/2`, mapped back.
+class WeighedDecomposition:
+    """Another decomposition, of `W G^1/2`, mapped back: errors of the output are weighed by `G`.
 
     Parameters
     ----------
-    weight, moments, observed_output
-        As of `OutputDecomposition`.
-    gradients
-        Moments of the network's gradients at the output [d_out].
+    inner
+        The decomposition of `W G^1/2`.
+    gain
+        `G` [d_out, d_out].
     """
 
-    def __init__(self, weight: Matrix, moments: Moments, gradients: Moments, *, observed_output: bool = False) -> None:
-        gram = gradients.second
-        scale = float(np.trace(gram)) / len(gram)
-        gains = eigen(gram + SHRINKAGE * scale * np.eye(len(gram)) if scale > 0 else np.eye(len(gram)))
-        root = (gains.vectors * np.sqrt(gains.values)) @ gains.vectors.T
-        self._back = (gains.vectors / np.sqrt(gains.values)) @ gains.vectors.T
-        seen = moments.mapped(root) if observed_output else moments
-        self._weighed = OutputDecomposition(weight @ root, seen, observed_output=observed_output)
-        self.total = self._weighed.total
+    def __init__(self, inner: Decomposition, gain: Gain) -> None:
+        self._inner, self._gain = inner, gain
+
+    @property
+    def total(self) -> float:
+        return self._inner.total
 
     def damage(self, rank: int) -> float:
-        return self._weighed.damage(rank)
+        return self._inner.damage(rank)
 
     def rank_for(self, energy: float) -> int:
-        return self._weighed.rank_for(energy)
+        return self._inner.rank_for(energy)
 
     def cut(self, rank: int) -> Factors:
-        weighed = self._weighed.cut(rank)
-        assert weighed.bias is not None
-        return balanced(Factors(weighed.first, weighed.second @ self._back, weighed.bias @ self._back))
+        weighed, back = self._inner.cut(rank), self._gain.inverse_root
+        bias = None if weighed.bias is None else weighed.bias @ back
+        return balanced(Factors(weighed.first, weighed.second @ back, bias))
 
     def cut_by_energy(self, energy: float, rank: int) -> tuple[Factors, float]:
         return self.cut(rank), self.damage(rank)
+
+
+class Gain:
+    """A symmetric positive definite `G [d_out, d_out]` by which errors of an output are weighed, `e G e^T`."""
+
+    def __init__(self, gram: Matrix) -> None:
+        self._gram = gram
+
+    @classmethod
+    def of(cls, gradients: Moments) -> Gain:
+        """`E[g^T g]` of the network's gradients at an output, regularised; the identity where there are none."""
+        gram = gradients.second
+        scale = float(np.trace(gram)) / len(gram)
+        return cls(gram + SHRINKAGE * scale * np.eye(len(gram)) if scale > 0 else np.eye(len(gram)))
+
+    @classmethod
+    def stacked(cls, gains: Sequence[Gain], scales: Sequence[float]) -> Gain:
+        """Block diagonal, for outputs side by side; each multiplied by its scale."""
+        result = cls(scipy.linalg.block_diag(*(scale * gain._gram for gain, scale in zip(gains, scales, strict=True))))
+        pairs = [(scale**0.5, gain) for gain, scale in zip(gains, scales, strict=True)]
+        result.root = scipy.linalg.block_diag(*(root * gain.root for root, gain in pairs))
+        result.inverse_root = scipy.linalg.block_diag(*(gain.inverse_root / root for root, gain in pairs))
+        return result
+
+    def kept(self, features: NDArray[np.intp]) -> Gain:
+        """That of some features of the output, in that order."""
+        return Gain(self._gram[np.ix_(features, features)])
+
+    @cached_property
+    def _spectrum(self) -> Spectrum:
+        return eigen(self._gram)
+
+    @cached_property
+    def root(self) -> Matrix:
+        """`G^1/2`, symmetric."""
+        return (self._spectrum.vectors * np.sqrt(self._spectrum.values)) @ self._spectrum.vectors.T
+
+    @cached_property
+    def inverse_root(self) -> Matrix:
+        """`G^-1/2`, symmetric."""
+        return (self._spectrum.vectors / np.sqrt(self._spectrum.values)) @ self._spectrum.vectors.T
 
 
 class UtilizedDecomposition:

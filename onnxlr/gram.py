@@ -59,6 +59,10 @@ class Moments:
         """The moments of `x M` for the same rows; matrix [d, k]."""
         return Moments(self.count, self.total @ matrix, matrix.T @ self.gram @ matrix)
 
+    def kept(self, features: NDArray[np.intp]) -> Moments:
+        """The moments of the same rows with only `features` of them, in that order."""
+        return Moments(self.count, self.total[features], self.gram[np.ix_(features, features)])
+
     @property
     def dim(self) -> int:
         """The width `d` of the rows."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,13 +17,15 @@ from onnxlr.case import gather, load_truth, prepare, quiet, require_held_out, re
 from onnxlr.config import Config
 from onnxlr.data import ImageOptions, batches, fixed_batch, spread
 from onnxlr.errors import ConfigError, GateError, ModelError
-from onnxlr.factorize import FisherDecomposition, OutputDecomposition, UtilizedDecomposition, WeightDecomposition
+from onnxlr.factorize import Gain
 from onnxlr.files import require_writable
+from onnxlr.groups import Part
+from onnxlr.layer import Layer
 from onnxlr.metrics import load_metric
 from onnxlr.model_io import check, load, save
 from onnxlr.rewrite import rewrite
 from onnxlr.summary import summarize
-from onnxlr.targets import Chooser, Part, by_energy, offered_ranks
+from onnxlr.targets import Chooser, by_energy
 from onnxlr.trial import Trial
 from onnxlr.validate import validate
 
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from onnxlr.case import Case, ModelLike, Progress
-    from onnxlr.factorize import Decomposition
     from onnxlr.gram import Stats
     from onnxlr.model_io import Model
     from onnxlr.report import Report
@@ -101,16 +102,21 @@ def compress(
     path = None if output is None else Path(output)
     if path is not None:
         require_writable(path, force=force)
+    if config.objective == "utilized":  # it has no least squares to narrow a layer or to share a factor by
+        config = replace(config, forms=config.forms & {"pair", "block"})
     clock = Clock()
     with clock.stage("prepare"):
         case = prepare(model, calib, config, images or ImageOptions())
         truth = None if labels is None else load_truth(case, labels)
         require_held_out(case)
+    why = ""
     if stats is not None:
         require_same_division(require_same_model(stats, case.model), config)
     elif config.objective != "weight":
         with clock.stage("calibrate"):
-            stats = gather(case, config, progress)
+            stats, why = gather(case, config, progress)
+    if config.objective == "auto":
+        config, why = _resolved(config, stats, why)
     with clock.stage("decompose"):
         parts = []
         for weight in case.weights:
@@ -129,7 +135,7 @@ def compress(
             save(compressed, path, force=force, check=_passes_check(case.model))
             file_bytes = load(path).nbytes
     return summarize(
-        case, parts, plan, config, stats, validation, compressed,
+        case, parts, plan, config, why, stats, validation, compressed,
         output=path, file_bytes=file_bytes, latencies=(dense, low_rank), seconds=clock.seconds,
     )  # fmt: skip
 
@@ -141,22 +147,29 @@ def _part(case: Case, weight: Weight, stats: Stats | None, config: Config) -> Pa
         raise ConfigError(
             f"--rank {fixed} for {weight.name!r} is above its full rank {min(weight.d_in, weight.d_out)}: lower it"
         )
-    matrix, ranks = case.inventory.matrix(weight), offered_ranks(weight, config)
+    matrix = case.inventory.matrix(weight)
     if stats is None or config.objective == "weight":
-        return Part(weight, WeightDecomposition(matrix), ranks, fixed)
+        return Part(weight, Layer(matrix), fixed)
     moments = weight_moments(stats, case.inventory, weight, config.objective)
-    decomposition: Decomposition
-    note = ""
+    projected = config.objective == "utilized"
     gradients = weight_gradients(stats, weight) if config.objective == "fisher" else None
-    if config.objective == "utilized":
-        decomposition = UtilizedDecomposition(matrix, moments)
-    elif gradients is not None:
-        decomposition = FisherDecomposition(matrix, moments, gradients, observed_output=weight.observes_output)
-    else:
-        if config.objective == "fisher":
-            note = "no gradient reaches it, so its own output's error is minimised; "
-        decomposition = OutputDecomposition(matrix, moments, observed_output=weight.observes_output)
-    return Part(weight, decomposition, ranks, fixed, moments.count, moments.dim, note)
+    layer = Layer(
+        matrix,
+        moments,
+        observed_output=weight.observes_output and not projected,
+        gain=None if gradients is None else Gain.of(gradients),
+        projected=projected,
+    )
+    unreached = config.objective == "fisher" and gradients is None
+    note = "no gradient reaches it, so its own output's error is minimised; " if unreached else ""
+    return Part(weight, layer, fixed, moments.count, moments.dim, note)
+
+
+def _resolved(config: Config, stats: Stats | None, why: str) -> tuple[Config, str]:
+    """The objective "auto" as the one that its moments allow, and why it is that one."""
+    if stats is not None and any(key.endswith(":gradient") for key in stats.moments):
+        return replace(config, objective="fisher"), "torch has the gradients of the model"
+    return replace(config, objective="output"), why or "the moments hold no gradients"
 
 
 def _meet_target(
@@ -178,7 +191,7 @@ def _meet_target(
         with clock.stage("search"):
             plan = by_energy(parts, limit, config) if chooser is None else chooser.plan(limit)
         with clock.stage("rewrite"):
-            compressed = rewrite(case.inventory, plan.factors)
+            compressed = rewrite(case.inventory, plan.stored)
         with clock.stage("validate"):
             validation = validate(
                 case.model,

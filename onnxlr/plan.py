@@ -1,41 +1,34 @@
-"""Which rank for which weight: allocation of one budget over all of them.
+"""Which form and rank for which weight: allocation of one budget over all of them.
 
-Every weight offers options: dense, at its own cost and no damage, or a pair of some rank, at a lower cost and some
-predicted damage. Damages are in one unit over all weights and add up. `allocate` walks down the lower convex hulls of
-(cost, damage): it starts every weight at its cheapest option and buys, one at a time, the step that repairs the most
-damage per unit of cost, wherever in the model that is (the greedy solution of a knapsack whose hulls are convex is
-optimal up to its last step; Shoham and Gersho 1988, "Efficient bit allocation for an arbitrary set of quantizers").
-What then is left of the budget is spent on the best steps that still fit, so that a target is met from below with
-nothing left that could be bought.
+Every weight, or group of weights, offers options: dense, at its own cost and no damage, or some form and rank, at a
+lower cost and some predicted damage. Damages are in one unit over all weights and add up. `allocate` walks down the
+lower convex hulls of (cost, damage): it starts every weight at its cheapest option and buys, one at a time, the step
+that repairs the most damage per unit of cost, wherever in the model that is (the greedy solution of a knapsack whose
+hulls are convex is optimal up to its last step; Shoham and Gersho 1988, "Efficient bit allocation for an arbitrary set
+of quantizers"). What then is left of the budget is spent on the best steps that still fit, so that a target is met
+from below with nothing left that could be bought.
 """
 
 from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 
-@dataclass(frozen=True, slots=True)
-class Option:
-    """One way to keep a weight: `rank` (None is dense), its cost and its predicted damage."""
+Chosen = TypeVar("Chosen", covariant=True)
 
-    rank: int | None
+
+@dataclass(frozen=True, slots=True)
+class Option(Generic[Chosen]):
+    """One way to keep a weight or a group of them: what is chosen, its cost and its predicted damage."""
+
+    choice: Chosen
     cost: float
     damage: float
-
-
-def pair_ranks(d_in: int, d_out: int, multiple: int, margin: float) -> list[int]:
-    """The ranks worth offering: multiples of `multiple` up to `margin` times the break-even rank.
-
-    A pair costs `r (d_in + d_out)` against `d_in d_out`, so it breaks even at `d_in d_out / (d_in + d_out)`; just
-    below that it saves little and adds an operator.
-    """
-    limit = int(margin * d_in * d_out / (d_in + d_out))
-    return list(range(multiple, limit + 1, multiple))
 
 
 class BudgetTooSmall(ValueError):  # noqa: N818 -- what happened, not that something failed
@@ -46,12 +39,12 @@ class BudgetTooSmall(ValueError):  # noqa: N818 -- what happened, not that somet
         self.minimum = minimum
 
 
-def lower_hull(options: Sequence[Option]) -> list[Option]:
+def lower_hull(options: Sequence[Option[Chosen]]) -> list[Option[Chosen]]:
     """The options on the lower convex hull of (cost, damage), by rising cost and falling damage.
 
     Those on a straight edge belong to it: small steps spend a budget better than large ones.
     """
-    hull: list[Option] = []
+    hull: list[Option[Chosen]] = []
     for option in sorted(options, key=lambda o: (o.cost, o.damage)):
         if hull and option.damage >= hull[-1].damage:
             continue
@@ -61,11 +54,38 @@ def lower_hull(options: Sequence[Option]) -> list[Option]:
     return hull
 
 
-def _slope(a: Option, b: Option) -> float:
+def _slope(a: Option[object], b: Option[object]) -> float:
     return (b.damage - a.damage) / (b.cost - a.cost)
 
 
-def allocate(options: Mapping[str, Sequence[Option]], budget: float) -> dict[str, Option]:
+def joined(parts: Sequence[Sequence[Option[Chosen]]]) -> list[Option[tuple[Chosen, ...]]]:
+    """The options of several weights as those of one group: the lower hull of all their sums, by rising cost.
+
+    The hull of a sum of convex hulls is walked by always taking the steepest step that any of them has next.
+    """
+    hulls = [lower_hull(options) for options in parts]
+    chosen = [hull[0] for hull in hulls]
+    steps = sorted(
+        (_slope(hull[index], hull[index + 1]), number, index + 1)
+        for number, hull in enumerate(hulls)
+        for index in range(len(hull) - 1)
+    )
+    result = [_sum(chosen)]
+    for _, number, index in steps:
+        chosen[number] = hulls[number][index]
+        result.append(_sum(chosen))
+    return result
+
+
+def _sum(options: Sequence[Option[Chosen]]) -> Option[tuple[Chosen, ...]]:
+    return Option(
+        tuple(option.choice for option in options),
+        sum(option.cost for option in options),
+        sum(option.damage for option in options),
+    )
+
+
+def allocate(options: Mapping[str, Sequence[Option[Chosen]]], budget: float) -> dict[str, Option[Chosen]]:
     """One option for each weight, of a total cost of at most `budget`.
 
     Parameters
@@ -102,7 +122,9 @@ def allocate(options: Mapping[str, Sequence[Option]], budget: float) -> dict[str
     return _spend(options, chosen, left)
 
 
-def _spend(options: Mapping[str, Sequence[Option]], chosen: dict[str, Option], left: float) -> dict[str, Option]:
+def _spend(
+    options: Mapping[str, Sequence[Option[Chosen]]], chosen: dict[str, Option[Chosen]], left: float
+) -> dict[str, Option[Chosen]]:
     """Buy the best single steps, on the hull or off it, until none fits into what is left."""
     while True:
         fitting = [

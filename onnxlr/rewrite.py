@@ -1,8 +1,8 @@
-"""Puts factors into a graph: every site of a factored weight becomes a pair, everything else stays as it was.
+"""Puts forms of weights into a graph: every site of a weight is replaced, everything else stays as it was.
 
-No mathematics here. `lay_out` names and shapes the arrays of a weight's pairs; `emit` lets the site's family put the
-nodes in place, reading the arrays from whatever tensors `make` gives: constants for a compressed model, graph inputs
-for a trial of many ranks on one graph.
+No mathematics here. `lay_out` names and shapes the arrays that take a weight's place; `emit` puts nodes in place that
+read them from whatever tensors `make` gives: constants for a compressed model, graph inputs for a trial of many ranks
+on one graph.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import onnx_graphsurgeon as gs
 
 from onnxlr.errors import OnnxlrError
 from onnxlr.model_io import from_proto
-from onnxlr.sites import FAMILIES, Pair
+from onnxlr.sites import FAMILIES
+from onnxlr.sites.emit import Parts
+from onnxlr.sites.emit import emit as emit_form
 from onnxlr.surgery import close_graph, open_graph
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from onnxlr.factorize import Factors
+    from onnxlr.forms import Stored
     from onnxlr.model_io import Model
     from onnxlr.sites import Inventory, Site, Weight
 
@@ -33,18 +35,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SiteArrays:
-    """The stored arrays of one site's pair, each with its tensor name; the bias as the graph adds it, or None."""
+    """What one site stores: arrays with their tensor names, as the graph reads them, and how they hang together.
+
+    `first` is None for a dense weight; `bias` is as the graph adds it, or None.
+    """
 
     site: Site
-    first: tuple[str, NDArray[Any]]
+    stored: Stored
+    first: tuple[str, NDArray[Any]] | None
     second: tuple[str, NDArray[Any]]
     bias: tuple[str, NDArray[Any]] | None
 
 
-def lay_out(inventory: Inventory, weight: Weight, factors: Factors) -> list[SiteArrays]:
+def lay_out(inventory: Inventory, weight: Weight, stored: Stored) -> list[SiteArrays]:
     """The arrays of every site of `weight`, in the dtype of the model.
 
-    Sites that store the factors alike share one copy. Names depend on the weight and its sites alone, not on the rank.
+    Sites that store the factors alike share one copy, and so do weights that share a first factor. Names depend on the
+    weight and its sites alone, not on the rank.
 
     Raises
     ------
@@ -55,33 +62,42 @@ def lay_out(inventory: Inventory, weight: Weight, factors: Factors) -> list[Site
     layouts: list[tuple[int, int]] = []
     arrays = []
     for site in weight.sites:
-        node, family = inventory.nodes[site.output], FAMILIES[site.op]
-        first, second = family.stored(site, node, factors.first, factors.second)
+        family = FAMILIES[site.op]
         layout = (site.output_axis, site.leading_ones)
         if layout not in layouts:
             layouts.append(layout)
         suffix = f".{layouts.index(layout)}" if layouts.index(layout) else ""
+        first, second = None, family.stored(site, stored.second, reads_input=stored.first is None)
+        if stored.first is not None:
+            first = _cast(family.stored(site, stored.first, reads_input=True), dtype, site)
         arrays.append(
             SiteArrays(
                 site,
-                (f"{weight.name}.lr_first{suffix}", _cast(first, dtype, site)),
-                (f"{weight.name}.lr_second{suffix}", _cast(second, dtype, site)),
-                None if factors.bias is None else _corrected_bias(inventory, site, factors.bias, dtype),
+                stored,
+                None if first is None else (f"{stored.shared or weight.name}.lr_first{suffix}", first),
+                (f"{weight.name}.lr_{'kept' if first is None else 'second'}{suffix}", _cast(second, dtype, site)),
+                _bias(inventory, site, stored, dtype),
             )
         )
     return arrays
 
 
-def _corrected_bias(
-    inventory: Inventory, site: Site, correction: NDArray[Any], dtype: np.dtype[Any]
-) -> tuple[str, NDArray[Any]]:
+def _bias(inventory: Inventory, site: Site, stored: Stored, dtype: np.dtype[Any]) -> tuple[str, NDArray[Any]] | None:
+    correction, name = stored.bias, f"{site.output}.lr_bias"
     if site.bias is None:
-        shaped = FAMILIES[site.op].stored_bias(site, inventory.nodes[site.output], correction)
-        return f"{site.output}.lr_bias", _cast(shaped, dtype, site)
+        if correction is None:
+            return None
+        return name, _cast(FAMILIES[site.op].stored_bias(site, correction), dtype, site)
+    if correction is None and stored.outputs is None:
+        return None
     view = inventory.view
     old = view.values(view.tensors[site.bias.tensor])
-    new = old.astype(np.float64) + correction.reshape(old.shape) / site.bias.scale
-    return f"{site.output}.lr_bias", _cast(new, dtype, site)
+    if stored.outputs is not None:
+        old = np.take(old, stored.outputs, axis=site.output_axis)
+    new = old.astype(np.float64)
+    if correction is not None:
+        new = new + correction.reshape(old.shape) / site.bias.scale
+    return name, _cast(new, dtype, site)
 
 
 def _cast(array: NDArray[Any], dtype: np.dtype[Any], site: Site) -> NDArray[Any]:
@@ -93,39 +109,84 @@ def _cast(array: NDArray[Any], dtype: np.dtype[Any], site: Site) -> NDArray[Any]
 
 
 def emit(inventory: Inventory, layouts: Iterable[SiteArrays], make: Make) -> Model:
-    """A copy of the model in which every site of `layouts` is a pair whose tensors `make(name, array)` gives.
+    """A copy of the model in which the sites of `layouts` are stored so, in tensors that `make(name, array)` gives.
 
-    The second operator of a pair keeps the name of the site's output tensor, and so do all other tensors.
+    The last operator of a form keeps the name of the site's output tensor, and so do all other tensors.
     """
+    layouts = list(layouts)
     model = inventory.model
     graph = open_graph(model.proto)
     nodes = {node.outputs[0].name: node for node in graph.nodes if node.outputs}
     names = set(graph.tensors())
     made: dict[str, gs.Tensor] = {}
+    hidden: dict[str, gs.Tensor] = {}
 
     def tensor(named: tuple[str, NDArray[Any]]) -> gs.Tensor:
         if named[0] not in made:
             made[named[0]] = make(*named)
         return made[named[0]]
 
+    narrowed = _narrow(inventory, layouts, nodes, tensor)
     for arrays in layouts:
-        site = arrays.site
+        site, stored = arrays.site, arrays.stored
         bias = None if arrays.bias is None else tensor(arrays.bias)
         if bias is not None and site.bias is not None and site.bias.reader != site.output:
             adding = nodes[site.bias.reader]
             index = next(i for i, value in enumerate(adding.inputs) if value.name == site.bias.tensor)
             adding.inputs[index] = bias
             bias = None
-        hidden = f"{site.output}.lr_hidden"
-        while hidden in names:  # left by an earlier compression of the same model
-            hidden += "_"
-        pair = Pair(tensor(arrays.first), tensor(arrays.second), bias, hidden)
-        FAMILIES[site.op].emit(graph, site, nodes[site.output], pair)
-    return from_proto(close_graph(graph, model.proto), model.folder)
+        name = f"{stored.shared or site.output}.lr_hidden"
+        while name in names:  # left by an earlier compression of the same model
+            name += "_"
+        parts = Parts(
+            None if arrays.first is None else tensor(arrays.first),
+            tensor(arrays.second),
+            bias,
+            hidden.get(name) or gs.Variable(name, dtype=nodes[site.output].outputs[0].dtype),
+            name in hidden,
+            stored.window,
+            stored.split,
+        )
+        emit_form(graph, FAMILIES[site.op], site, nodes[site.output], parts)
+        hidden[name] = parts.hidden
+    result = close_graph(graph, model.proto)
+    stale = [value for value in result.graph.value_info if value.name in narrowed]
+    for value in stale:
+        result.graph.value_info.remove(value)
+    return from_proto(result, model.folder)
 
 
-def rewrite(inventory: Inventory, factors: Mapping[str, Factors]) -> Model:
-    """The compressed model: every weight named in `factors` becomes its pair, all else is as it was.
+def _narrow(
+    inventory: Inventory,
+    layouts: Iterable[SiteArrays],
+    nodes: Mapping[str, gs.Node],
+    tensor: Callable[[tuple[str, NDArray[Any]]], gs.Tensor],
+) -> set[str]:
+    """Narrow what acts on hidden units between layers that lost some; the tensors that are narrower now."""
+    kept = {arrays.site.input: arrays.stored.inputs for arrays in layouts if arrays.stored.inputs is not None}
+    narrowed: set[str] = set()
+    weights = {weight.name: weight for weight in inventory.weights}
+    view = inventory.view
+    for chain in inventory.chains:
+        units = kept.get(weights[chain.consumer].sites[0].input)
+        if units is None:
+            continue
+        narrowed |= chain.tensors
+        # the biases of the layers are laid out with the layers
+        biases = {site.bias.tensor for name in chain.producers for site in weights[name].sites if site.bias}
+        for name, axis in chain.constants:
+            if name in biases:
+                continue
+            array = np.take(view.values(view.tensors[name]), units, axis=axis)
+            for node in (nodes[reader.outputs[0].name] for reader in view.tensors[name].outputs):
+                if node.outputs[0].name in chain.tensors:
+                    index = next(i for i, value in enumerate(node.inputs) if value.name == name)
+                    node.inputs[index] = tensor((f"{name}.lr_kept", array))
+    return narrowed
+
+
+def rewrite(inventory: Inventory, stored: Mapping[str, Stored]) -> Model:
+    """The compressed model: every weight named in `stored` is stored so, all else is as it was.
 
     Raises
     ------
@@ -135,22 +196,23 @@ def rewrite(inventory: Inventory, factors: Mapping[str, Factors]) -> Model:
     layouts = [
         arrays
         for weight in inventory.weights
-        if weight.name in factors
-        for arrays in lay_out(inventory, weight, factors[weight.name])
+        if weight.name in stored
+        for arrays in lay_out(inventory, weight, stored[weight.name])
     ]
     return emit(inventory, layouts, gs.Constant) if layouts else inventory.model
 
 
-def pair_parameters(inventory: Inventory, weight: Weight, rank: int, *, corrected: bool) -> int:
-    """Elements that the pairs of `weight` store at `rank`, with new biases where `corrected`; never too few.
+def copies(weight: Weight) -> int:
+    """How many copies of its factors the sites of a weight need."""
+    return len({(site.output_axis, site.leading_ones) for site in weight.sites})
+
+
+def new_biases(inventory: Inventory, weight: Weight) -> int:
+    """How many vectors [d_out] a correction of the bias adds to the model; never too few.
 
     A bias that other sites share is counted as if it stayed: whether it goes depends on what becomes of them.
     """
-    layouts = {(site.output_axis, site.leading_ones) for site in weight.sites}
-    count = len(layouts) * rank * (weight.d_in + weight.d_out)
-    if corrected:
-        count += sum(weight.d_out for site in weight.sites if _bias_is_new(inventory, site))
-    return count
+    return sum(_bias_is_new(inventory, site) for site in weight.sites)
 
 
 def _bias_is_new(inventory: Inventory, site: Site) -> bool:

@@ -7,8 +7,9 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from onnxlr.groups import Cut
 from onnxlr.report import ModelFigures, RefusalReport, Report, WeightReport
-from onnxlr.rewrite import pair_parameters
+from onnxlr.rewrite import copies, new_biases
 from onnxlr.session import import_onnxruntime
 from onnxlr.sites import parameter_count
 
@@ -19,9 +20,12 @@ if TYPE_CHECKING:
     from onnxlr.bench import Latency
     from onnxlr.case import Case
     from onnxlr.config import Config
+    from onnxlr.forms import Stored
     from onnxlr.gram import Stats
+    from onnxlr.groups import Part
     from onnxlr.model_io import Model
-    from onnxlr.targets import Part, Plan
+    from onnxlr.sites import Weight
+    from onnxlr.targets import Plan
     from onnxlr.validate import Validation
 
 
@@ -30,6 +34,7 @@ def summarize(
     parts: Sequence[Part],
     plan: Plan,
     config: Config,
+    why: str,
     stats: Stats | None,
     validation: Validation,
     compressed: Model,
@@ -48,7 +53,8 @@ def summarize(
         model=str(case.model.path or "in memory"),
         fingerprint=case.model.fingerprint(),
         output=None if output is None else str(output),
-        config=asdict(config),
+        config={**asdict(config), "forms": sorted(config.forms)},
+        objective_reason=why,
         samples=0 if stats is None else stats.samples,
         held_out=validation.samples,
         before=ModelFigures(case.inventory.parameters, macs, case.model.nbytes, dense.median_ms, validation.metric_a),
@@ -77,29 +83,29 @@ def summarize(
 
 
 def _weight_reports(case: Case, parts: Sequence[Part], plan: Plan, config: Config) -> tuple[WeightReport, ...]:
-    by_name = {part.weight.name: part for part in parts}
-    corrected = config.corrects_bias
+    by_name = {part.name: part for part in parts}
+    counted: set[str] = set()
     reports = []
     for weight in case.inventory.weights:
         part = by_name.get(weight.name)
-        rank = None if part is None else plan.ranks[weight.name]
-        damage = 0.0 if part is None else plan.damages[weight.name]
-        share = weight.d_in * weight.d_out / (weight.d_in + weight.d_out)
+        cut = Cut() if part is None else plan.cuts[weight.name]
+        elements, biases = _kept(case, weight, plan.stored.get(weight.name), counted)
         reports.append(
             WeightReport(
                 name=weight.name,
                 sites=weight.labels,
                 d_in=weight.d_in,
                 d_out=weight.d_out,
-                rank=rank,
-                reason=case.held_back[weight.name] if part is None else part.note + _reason(part, rank, config),
+                form=str(cut),
+                rank=cut.rank,
+                reason=case.held_back[weight.name] if part is None else part.note + _reason(part, cut, config),
                 parameters=weight.parameters,
-                parameters_after=weight.parameters
-                if rank is None
-                else pair_parameters(case.inventory, weight, rank, corrected=corrected),
+                parameters_after=elements + biases if weight.name in plan.stored else weight.parameters,
                 macs=weight.macs,
-                macs_after=weight.macs if rank is None or weight.macs is None else weight.macs * rank / share,
-                energy=1.0 if part is None or part.decomposition.total == 0 else 1 - damage / part.decomposition.total,
+                macs_after=None
+                if weight.macs is None
+                else weight.macs * elements / copies(weight) / (weight.d_in * weight.d_out),
+                energy=1.0 if part is None else plan.energy[weight.name],
                 predicted_error=None if plan.predicted is None or part is None else plan.predicted[weight.name] ** 0.5,
                 rows=None if part is None else part.rows,
             )
@@ -107,19 +113,35 @@ def _weight_reports(case: Case, parts: Sequence[Part], plan: Plan, config: Confi
     return tuple(reports)
 
 
-def _reason(part: Part, rank: int | None, config: Config) -> str:
+def _kept(case: Case, weight: Weight, stored: Stored | None, counted: set[str]) -> tuple[int, int]:
+    """Numbers in the matrices and in new biases; a first factor that is shared counts for the first that has it."""
+    if stored is None:
+        return copies(weight) * weight.d_in * weight.d_out, 0
+    biases = 0 if stored.bias is None else new_biases(case.inventory, weight) * len(stored.bias)
+    if stored.shared in counted:
+        return stored.second.size, biases
+    counted.update({stored.shared} if stored.shared else ())
+    return copies(weight) * stored.elements, biases
+
+
+def _reason(part: Part, cut: Cut, config: Config) -> str:
     if part.fixed is not None:
         return "its rank was given"
-    if rank is not None:
+    if cut != Cut():
         return f"chosen for {config.target}"
-    if not part.ranks:
-        return (
-            f"no pair is smaller: no multiple of {config.rank_multiple} is within {config.margin:g} of its break-even "
-            f"rank {part.weight.d_in * part.weight.d_out / (part.weight.d_in + part.weight.d_out):.1f}"
-        )
+    weight = part.weight
+    break_even = weight.d_in * weight.d_out / (weight.d_in + weight.d_out)
     if config.target.kind == "energy":
         needed = part.decomposition.rank_for(config.target.value)
-        return f"no pair is smaller: {config.target} needs rank {needed}, pairs end at {part.ranks[-1]}"
+        return (
+            f"no pair is smaller: {config.target} needs rank {needed}, and no multiple of {config.rank_multiple} from "
+            f"there on is within {config.margin:g} of its break-even rank {break_even:.1f}"
+        )
+    if config.rank_multiple > config.margin * break_even:
+        return (
+            f"no form is smaller: no multiple of {config.rank_multiple} is within {config.margin:g} of its break-even "
+            f"rank {break_even:.1f}"
+        )
     return f"{config.target} is best met with it dense"
 
 
@@ -131,7 +153,7 @@ def _warnings(case: Case, parts: Sequence[Part], weights: Sequence[WeightReport]
                 "shows are ranked by the weight alone, so calibrate on more data"
             )
     for weight in weights:
-        if weight.rank is not None and weight.parameters_after > weight.parameters:
+        if weight.form != "dense" and weight.parameters_after > weight.parameters:
             yield (
                 f"{weight.name}: its pair of rank {weight.rank} is larger than the dense weight; a rank below "
                 f"{weight.d_in * weight.d_out / (weight.d_in + weight.d_out):.1f} would make it smaller"
@@ -139,6 +161,6 @@ def _warnings(case: Case, parts: Sequence[Part], weights: Sequence[WeightReport]
     if case.inventory.uncounted:
         listed = ", ".join(case.inventory.uncounted[:3])
         yield f"the multiply-accumulates of {len(case.inventory.uncounted)} operators are unknown ({listed})"
-    if not any(weight.rank is not None for weight in weights):
+    if all(weight.form == "dense" for weight in weights):
         why = "the target leaves every weight dense" if weights else "the model has no weight that can be compressed"
         yield f"nothing was compressed: {why}"

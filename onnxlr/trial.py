@@ -14,7 +14,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnxlr.data import batches, sample_count
-from onnxlr.factorize import Factors
+from onnxlr.forms import Stored
 from onnxlr.metrics import MeanMetric, load_metric, relative_error
 from onnxlr.rewrite import emit, lay_out
 from onnxlr.session import Session
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from onnxlr.config import Config
     from onnxlr.data import Feed, Sample, TensorSpec
+    from onnxlr.factorize import Factors
     from onnxlr.model_io import Model
     from onnxlr.rewrite import SiteArrays
     from onnxlr.sites import Inventory, Weight
@@ -69,6 +70,7 @@ class Trial:
     ) -> None:
         self._inventory, self._weights, self._inputs = inventory, weights, inputs
         self._batch, self._mask, self._metric = config.batch, config.mask, config.metric
+        self._corrected = corrected
         self._reference = Session(inventory.model, provider=config.provider, threads=config.threads)
         dense = {w.name: lay_out(inventory, w, _dense(inventory.matrix(w), corrected)) for w in weights}
         free = self._with_free_ranks([arrays for layouts in dense.values() for arrays in layouts])
@@ -104,7 +106,11 @@ class Trial:
         arrays: dict[str, NDArray[Any]] = {}
         for weight in self._weights:
             cut = factors.get(weight.name)
-            arrays |= self._dense[weight.name] if cut is None else _named(lay_out(self._inventory, weight, cut))
+            if cut is None:
+                arrays |= self._dense[weight.name]
+            else:
+                bias = np.zeros(weight.d_out) if self._corrected and cut.bias is None else cut.bias
+                arrays |= _named(lay_out(self._inventory, weight, Stored(cut.first, cut.second, bias)))
         for feed, _, _ in observed:
             yield self._session.run({**feed, **arrays})
 
@@ -130,7 +136,7 @@ def _named(layouts: Iterable[SiteArrays]) -> dict[str, NDArray[Any]]:
     return dict(pair for arrays in layouts for pair in (arrays.first, arrays.second, arrays.bias) if pair is not None)
 
 
-def _dense(matrix: NDArray[np.float64], corrected: bool) -> Factors:
+def _dense(matrix: NDArray[np.float64], corrected: bool) -> Stored:
     d_in, d_out = matrix.shape
     bias = np.zeros(d_out) if corrected else None
-    return Factors(matrix, np.eye(d_out), bias) if d_out <= d_in else Factors(np.eye(d_in), matrix, bias)
+    return Stored(matrix, np.eye(d_out), bias) if d_out <= d_in else Stored(np.eye(d_in), matrix, bias)

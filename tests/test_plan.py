@@ -148,7 +148,7 @@ def test_the_least_budget_has_no_rounding_of_the_budget() -> None:
 @given(options=problems, extra=st.integers(0, 5))
 def test_everything_is_dense_where_the_budget_allows(options: dict[str, list[Option]], extra: int) -> None:
     chosen = allocate(options, 21 * len(options) + extra)
-    assert all(option.rank is None for option in chosen.values())
+    assert all(option.choice is None for option in chosen.values())
 
 
 def test_a_step_too_dear_for_one_weight_leaves_the_budget_to_others() -> None:
@@ -156,13 +156,13 @@ def test_a_step_too_dear_for_one_weight_leaves_the_budget_to_others() -> None:
         "steep": [Option(1, 1, 100), Option(None, 50, 0)],
         "flat": [Option(1, 1, 2), Option(2, 4, 1), Option(None, 9, 0)],
     }
-    assert {name: option.rank for name, option in allocate(options, 12).items()} == {"steep": 1, "flat": None}
+    assert {name: option.choice for name, option in allocate(options, 12).items()} == {"steep": 1, "flat": None}
 
 
 def test_what_is_left_is_spent_off_the_hull() -> None:
     # (3, 9) lies above the chord from (1, 10) to (9, 0), yet is all that a budget of 4 can buy
     options = {"w": [Option(1, 1, 10), Option(2, 3, 9), Option(None, 9, 0)]}
-    assert allocate(options, 4)["w"].rank == 2
+    assert allocate(options, 4)["w"].choice == 2
 
 
 def test_no_weights_need_no_budget() -> None:

@@ -10,7 +10,7 @@ import click
 
 from onnxlr.cli.options import DATA, FILE, POSITIVE, SHARE, common, parse_ranks, running, selecting
 from onnxlr.cli.output import describe_verdict, progress_bars, show, show_json, show_stats
-from onnxlr.config import OBJECTIVES, Config, Target
+from onnxlr.config import ALLOCATIONS, FORMS, OBJECTIVES, Config, Target
 from onnxlr.report import terminal
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def analyze(
 @click.argument("model", type=FILE)
 @click.option("--calib", required=True, help=f"Calibration data: {DATA}")
 @click.option("-o", "--output", required=True, type=FILE, help="Where to write the moments (.safetensors).")
-@click.option("--objective", type=click.Choice(OBJECTIVES), default="output", help="What the moments are for.")
+@click.option("--objective", type=click.Choice(OBJECTIVES), default="auto", help="What the moments are for.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @selecting
 @running
@@ -207,7 +207,8 @@ def merge(stats: Sequence[Path], output: Path, force: bool, as_json: bool, quiet
 @click.argument("model", type=FILE)
 @click.option("--calib", required=True, help=f"Calibration data: {DATA}")
 @click.option("-o", "--output", required=True, type=FILE, help="Where to write the compressed model.")
-@click.option("--objective", type=click.Choice(OBJECTIVES), default="output", help="What a factorization minimises.")
+@click.option("--objective", type=click.Choice(OBJECTIVES), default="auto",
+              help="What a factorization minimises; auto: fisher where there are gradients, else output.")  # fmt: skip
 @click.option("--energy", type=SHARE, help="Target: the share of the energy that every weight keeps.")
 @click.option("--keep-params", type=SHARE, help="Target: the share of the whole model's parameters to keep.")
 @click.option("--keep-macs", type=SHARE, help="Target: the share of the whole model's MACs to keep.")
@@ -220,7 +221,12 @@ def merge(stats: Sequence[Path], output: Path, force: bool, as_json: bool, quiet
     "--rank", "ranks", multiple=True, metavar="PATTERN=R", help="Give matching weights this rank; repeatable."
 )
 @click.option("--rank-multiple", default=16, type=POSITIVE, help="Ranks are multiples of it, as hardware likes them.")
-@click.option("--margin", default=0.85, type=SHARE, help="No rank above this share of the break-even rank.")
+@click.option("--margin", default=0.85, type=SHARE, help="No form that keeps more than this share of a weight.")
+@click.option("--forms", default=",".join(FORMS), help="What may be made of weights, separated by commas.")
+@click.option("--allocation", default="global", type=click.Choice(ALLOCATIONS),
+              help="One budget for the whole model, or the same share for every weight.")  # fmt: skip
+@click.option("--rounds", default=1, type=click.IntRange(min=0),
+              help="How often importances are measured again at the plan that was found.")  # fmt: skip
 @click.option("--stats", type=FILE, help="Moments to use in place of calibration, from `calibrate` or `merge`.")
 @click.option("--report", type=FILE, help="Write the whole report here, as JSON.")
 @click.option("--force", is_flag=True, help="Replace existing files.")
@@ -228,7 +234,7 @@ def merge(stats: Sequence[Path], output: Path, force: bool, as_json: bool, quiet
 @running
 @common
 def compress(
-    model: Path, calib: str, output: Path, objective: Any, labels: Path | None, ranks: Sequence[str],
+    model: Path, calib: str, output: Path, objective: Any, forms: str, labels: Path | None, ranks: Sequence[str],
     stats: Path | None, report: Path | None, force: bool, images: ImageOptions,
     as_json: bool, quiet: bool, verbose: bool, **settings: Any,
 ) -> None:  # fmt: skip
@@ -248,7 +254,8 @@ def compress(
         given = " and ".join(f"--{kind.replace('_', '-')}" for kind in targets)
         raise click.UsageError(f"{given} are given, one target at a time: keep one")
     target = Target(*next(iter(targets.items()))) if targets else Target()  # type: ignore[arg-type]
-    config = Config(objective=objective, target=target, ranks=parse_ranks(ranks), **settings)
+    chosen: Any = frozenset(form.strip() for form in forms.split(","))
+    config = Config(objective=objective, target=target, ranks=parse_ranks(ranks), forms=chosen, **settings)
     if report is not None:
         require_writable(report, force=force)
         if report.resolve() == output.resolve():

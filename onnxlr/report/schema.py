@@ -27,10 +27,12 @@ class WeightReport:
         The stored constant, and the operators that use it.
     d_in, d_out
         Its shape, as `y = x W`.
+    form
+        What was made of it: "dense", "pair", "block", and what was shared or narrowed (`onnxlr.groups.Cut`).
     rank
-        Of its pair; None where it stayed dense.
+        Of its pair or block; None where it stayed dense.
     reason
-        Why it stayed dense, or why it has just this rank.
+        Why it stayed dense, or why it has just this form and rank.
     parameters, parameters_after
         Elements stored.
     macs, macs_after
@@ -47,6 +49,7 @@ class WeightReport:
     sites: tuple[str, ...]
     d_in: int
     d_out: int
+    form: str
     rank: int | None
     reason: str
     parameters: int
@@ -93,7 +96,9 @@ class Report:
     model, fingerprint, output
         The dense model's path and sha256; the path of the compressed one.
     config
-        Every setting, defaults included.
+        Every setting, defaults included; the objective is the one that ran.
+    objective_reason
+        Why it was that one, where the user left it open.
     samples, held_out
         How many samples were calibrated on and how many validated on.
     before, after
@@ -120,6 +125,7 @@ class Report:
     fingerprint: str
     output: str | None
     config: dict[str, Any]
+    objective_reason: str
     samples: int
     held_out: int
     before: ModelFigures

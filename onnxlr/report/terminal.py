@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -27,12 +28,17 @@ def render_report(report: Report, *, verbose: bool) -> Iterable[RenderableType]:
             columns = ["operator", "op", "parameters", "MACs", "why"]
             rows = [(r.name, r.op, count(r.parameters), count(r.macs), r.reason) for r in report.refusals]
             yield render_rows("Not supported", columns, rows)
-    kept = [weight for weight in report.weights if weight.rank is None]
+    kept = [weight for weight in report.weights if weight.form == "dense"]
+    forms = Counter(weight.form.partition(" ")[0] for weight in report.weights if weight not in kept)
+    named = {"dense": "narrowed", "pair": "as pairs", "block": "as blocks"}
+    made = ", ".join(f"{number} {named[form]}" for form, number in forms.most_common())
     yield (
-        f"{len(report.weights) - len(kept)} of {len(report.weights)} weights factored, {len(kept)} kept dense, "
-        f"{len(report.refusals)} linear operators not supported"
+        f"{len(report.weights) - len(kept)} of {len(report.weights)} weights compressed{f' ({made})' if made else ''}, "
+        f"{len(kept)} kept dense, {len(report.refusals)} linear operators not supported"
         + ("" if verbose else "; reasons with -v or in the report")
     )
+    if report.objective_reason:
+        yield f"objective {report.config['objective']}: {report.objective_reason}"
     for warning in report.warnings if verbose else report.warnings[:3]:
         yield f"warning: {warning}"
     if not verbose and len(report.warnings) > 3:
@@ -88,13 +94,14 @@ def _parity(outputs: Sequence[OutputParity], title: str) -> Table:
 
 
 def _weights(weights: Iterable[WeightReport]) -> Table:
-    table = _table("weight", "sites", "shape", "rank", "params kept", "energy kept", "predicted", "reason")
+    table = _table("weight", "sites", "shape", "form", "rank", "params kept", "energy kept", "predicted", "reason")
     for weight in weights:
         table.add_row(
             weight.name,
             ", ".join(weight.sites),
             f"{weight.d_in} x {weight.d_out}",
-            "dense" if weight.rank is None else str(weight.rank),
+            weight.form,
+            "-" if weight.rank is None else str(weight.rank),
             percent(weight.parameters_after, weight.parameters),
             f"{weight.energy:.4f}",
             number(weight.predicted_error, ".4f"),
@@ -113,7 +120,7 @@ def render_rows(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
 
 def _table(*columns: str, title: str | None = None) -> Table:
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    prose = {"reason", "sites", "operator", "why", "weight"}
+    prose = {"reason", "sites", "operator", "why", "weight", "form"}
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 or column in prose else "right", overflow="fold")
     return table

@@ -1,14 +1,15 @@
 """Linear sites of a graph, one file an operator family."""
 
-from onnxlr.sites.base import Bias, Family, Pair, Refusal, Site
+from onnxlr.sites.base import Bias, Family, Refusal, Site
 from onnxlr.sites.inventory import FAMILIES, Inventory, Weight, parameter_count, take_inventory
+from onnxlr.sites.structure import Chain
 
 __all__ = [
     "FAMILIES",
     "Bias",
+    "Chain",
     "Family",
     "Inventory",
-    "Pair",
     "Refusal",
     "Site",
     "Weight",

@@ -1,8 +1,9 @@
 """What a linear site is, and what a family of operators has to do to have its sites compressed.
 
 A family is one file in this folder. It recognises its operators in a graph, refuses with a reason what it cannot do,
-lays the stored weight out as `W [d_in, d_out]`, and emits the pair that takes the operator's place. Everything between
-(moments, spectra, ranks, factors) sees only `y = x W + b`, whatever the operator was.
+lays the stored weight out as `W [d_in, d_out]`, and writes the products out of which `onnxlr.sites.emit` makes what
+takes the operator's place. Everything between (moments, spectra, ranks, factors) sees only `y = x W + b`, whatever the
+operator was.
 """
 
 from __future__ import annotations
@@ -16,7 +17,11 @@ if TYPE_CHECKING:
     import onnx_graphsurgeon as gs
     from numpy.typing import NDArray
 
+    from onnxlr.forms import Side
     from onnxlr.sites.constants import GraphView
+
+BLOCKS_SINCE = 13
+"""The opset from which identity blocks are written: from here on Split takes its lengths as an input."""
 
 FLOATING = frozenset({"float16", "bfloat16", "float32", "float64"})
 
@@ -72,6 +77,8 @@ class Site:
         The output contains something other than `x W` and `bias`, so its moments are not those of the layer.
     leading_ones
         Axes of length 1 before the two of the stored weight; they count towards the rank of the output.
+    block_sides
+        On which sides it can be written with an identity block (`onnxlr.forms`).
     module
         The torch module that it was exported from, such as "blocks.0.fc1", where the exporter wrote it down.
     """
@@ -89,6 +96,7 @@ class Site:
     bias: Bias | None
     opaque_addend: bool = False
     leading_ones: int = 0
+    block_sides: frozenset[Side] = frozenset()
     module: str | None = None
 
     @property
@@ -132,28 +140,26 @@ class Family(ABC):
         """`W [d_in, d_out]` from the values of the weight tensor."""
 
     @abstractmethod
-    def stored(
-        self, site: Site, node: gs.Node, first: NDArray[Any], second: NDArray[Any]
-    ) -> tuple[NDArray[Any], NDArray[Any]]:
-        """The factors [d_in, r], [r, d_out] as the emitted nodes read them."""
+    def stored(self, site: Site, matrix: NDArray[Any], *, reads_input: bool) -> NDArray[Any]:
+        """A matrix [d, e] as `product` reads it; `reads_input` where it multiplies the site's own input."""
 
     @abstractmethod
-    def stored_bias(self, site: Site, node: gs.Node, bias: NDArray[Any]) -> NDArray[Any]:
-        """A correction [d_out] in the shape in which `emit` adds it; only for sites without a `Bias`."""
+    def stored_bias(self, site: Site, bias: NDArray[Any]) -> NDArray[Any]:
+        """A correction [d_out] in the shape in which it is added behind; only for sites without a `Bias`."""
 
     @abstractmethod
-    def emit(self, graph: gs.Graph, site: Site, node: gs.Node, pair: Pair) -> None:
-        """Put the pair in the place of `node`; the last node emitted produces the node's own output tensor."""
+    def addend(self, node: gs.Node) -> gs.Tensor | None:
+        """What the operator itself adds to its product."""
 
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """The tensors that an emitted pair reads, and the name of the tensor `h = x A` between the two.
-
-    `bias` is added to the output; where the site has a `Bias`, it replaces that constant.
-    """
-
-    first: gs.Tensor
-    second: gs.Tensor
-    bias: gs.Tensor | None
-    hidden: str
+    @abstractmethod
+    def product(
+        self,
+        site: Site,
+        node: gs.Node,
+        data: gs.Tensor,
+        weight: gs.Tensor,
+        output: gs.Tensor,
+        name: str,
+        addend: gs.Tensor | None = None,
+    ) -> gs.Node:
+        """A node that multiplies `data`, the site's own input or what was made of it, with a stored matrix."""

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxlr.sites.base import FLOATING, Bias, Family, Pair, Site
+from onnxlr.sites.base import BLOCKS_SINCE, FLOATING, Bias, Family, Site
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from onnxlr.forms import Side
     from onnxlr.sites.constants import GraphView
 
 
@@ -61,6 +62,7 @@ class Gemm(Family):
             output_axis=-2 if left else -1,
             bias=bias,
             opaque_addend=addend is not None and bias is None,
+            block_sides=_block_sides(node, view, flipped=data_flipped),
         )
 
     def matrix(self, site: Site, node: gs.Node, stored: NDArray[Any]) -> NDArray[np.float64]:
@@ -69,50 +71,46 @@ class Gemm(Family):
         matrix = float(node.attrs.get("alpha", 1.0)) * stored.astype(np.float64)
         return matrix.T if flipped != left else matrix
 
-    def stored(
-        self, site: Site, node: gs.Node, first: NDArray[Any], second: NDArray[Any]
-    ) -> tuple[NDArray[Any], NDArray[Any]]:
-        return (first.T, second.T) if site.output_axis == -2 else (first, second)
+    def stored(self, site: Site, matrix: NDArray[Any], *, reads_input: bool) -> NDArray[Any]:
+        return matrix.T if site.output_axis == -2 else matrix
 
-    def stored_bias(self, site: Site, node: gs.Node, bias: NDArray[Any]) -> NDArray[Any]:
+    def stored_bias(self, site: Site, bias: NDArray[Any]) -> NDArray[Any]:
         return bias[:, None] if site.output_axis == -2 else bias
 
-    def emit(self, graph: gs.Graph, site: Site, node: gs.Node, pair: Pair) -> None:
+    def addend(self, node: gs.Node) -> gs.Tensor | None:
+        return _addend(node)
+
+    def product(
+        self,
+        site: Site,
+        node: gs.Node,
+        data: gs.Tensor,
+        weight: gs.Tensor,
+        output: gs.Tensor,
+        name: str,
+        addend: gs.Tensor | None = None,
+    ) -> gs.Node:
         left = site.output_axis == -2
-        output = node.outputs[0]
-        data = next(tensor for tensor in node.inputs[:2] if tensor.name == site.input)
-        hidden = gs.Variable(pair.hidden, dtype=output.dtype)
-        appended_add = pair.bias is not None and site.opaque_addend
-        product = gs.Variable(f"{site.output}/product", dtype=output.dtype) if appended_add else output
-        addend = _addend(node) if pair.bias is None or appended_add else pair.bias
         flip = "transB" if left else "transA"
-        flipped = bool(node.attrs.get(flip, 0))
-        keep_beta = {"beta": node.attrs["beta"]} if "beta" in node.attrs and _addend(node) is not None else {}
-        node.outputs.clear()
+        attributes = {flip: 1} if node.attrs.get(flip, 0) and data.name == site.input else {}
+        if addend is not None and "beta" in node.attrs:
+            attributes["beta"] = node.attrs["beta"]
+        operands = [weight, data] if left else [data, weight]
         # without its addend a Gemm exists from opset 11 on only; MatMul is the same operator wherever it can be had
-        graph.nodes.extend(
-            [
-                gs.Node(
-                    "Gemm" if flipped else "MatMul",
-                    f"{site.name}/first",
-                    attrs={flip: 1} if flipped else {},
-                    inputs=[pair.first, data] if left else [data, pair.first],
-                    outputs=[hidden],
-                ),
-                gs.Node(
-                    "MatMul" if addend is None else "Gemm",
-                    f"{site.name}/second",
-                    attrs=keep_beta,
-                    inputs=([pair.second, hidden] if left else [hidden, pair.second])
-                    + ([] if addend is None else [addend]),
-                    outputs=[product],
-                ),
-            ]
-        )
-        if appended_add:
-            graph.nodes.append(gs.Node("Add", f"{site.name}/mean", inputs=[product, pair.bias], outputs=[output]))
-        node.inputs.clear()
-        graph.nodes.remove(node)
+        op = "MatMul" if addend is None and not attributes else "Gemm"
+        return gs.Node(op, name, attrs=attributes, inputs=[*operands, *([] if addend is None else [addend])],
+                       outputs=[output])  # fmt: skip
+
+
+def _block_sides(node: gs.Node, view: GraphView, *, flipped: bool) -> frozenset[Side]:
+    sides: set[Side] = set()
+    if view.graph.opset >= BLOCKS_SINCE:
+        if not flipped:
+            sides.add("input")
+        # the addend of a block on the output side is added behind its Concat, as it is
+        if _addend(node) is None or node.attrs.get("beta", 1.0) == 1.0:
+            sides.add("output")
+    return frozenset(sides)
 
 
 def _addend(node: gs.Node) -> gs.Tensor | None:

@@ -22,6 +22,7 @@ from onnxlr.sites.gemm import Gemm
 from onnxlr.sites.macs import macs
 from onnxlr.sites.matmul import MatMul
 from onnxlr.sites.nested import nested_operators
+from onnxlr.sites.structure import Chain, find_chains, shared_inputs
 from onnxlr.sites.unsupported import REASONS
 from onnxlr.surgery import open_graph
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     import onnx_graphsurgeon as gs
     from numpy.typing import NDArray
 
+    from onnxlr.forms import Side
     from onnxlr.model_io import Model
 
 FAMILIES: dict[str, Family] = {op: family for family in (MatMul(), Gemm()) for op in family.ops}
@@ -44,7 +46,8 @@ class Weight:
     """One weight `W [d_in, d_out]` and the sites that use it.
 
     `sources` are the stored constants it is read from (several where an exporter copied it), `parameters` their
-    elements together. `macs` are those of all its sites for one sample, None where unknown.
+    elements together. `macs` are those of all its sites for one sample, None where unknown. `needs_input` is set where
+    the moments of its input matter even if its output is smaller: it ends a chain, or others read the same tensor.
     """
 
     name: str
@@ -55,11 +58,17 @@ class Weight:
     sources: tuple[str, ...]
     parameters: int
     macs: int | None
+    needs_input: bool = False
 
     @property
     def observes_output(self) -> bool:
-        """Whether the outputs are the smaller side to gather moments of, at every one of its sites."""
-        return all(site.observes_output for site in self.sites)
+        """Whether moments are gathered of its outputs: they are the smaller side, and those of the input not needed."""
+        return not self.needs_input and all(site.observes_output for site in self.sites)
+
+    @property
+    def block_sides(self) -> frozenset[Side]:
+        """On which sides all of its sites can be written with an identity block."""
+        return frozenset.intersection(*(site.block_sides for site in self.sites))
 
     def matches(self, pattern: str) -> bool:
         """Whether a shell pattern matches its own name, or the name or module of one of its sites."""
@@ -88,6 +97,10 @@ class Inventory:
         Multiply-accumulates of one sample over all operators whose shapes are known; None without shapes.
     uncounted
         Names of the nodes that multiply but whose shapes are unknown, so that `macs` lacks them.
+    chains
+        Weights that make the hidden units of another, with that one.
+    shared
+        Names of weights that read one tensor, two or more at a time.
     nodes, view
         The graph that was searched: its nodes by their first output, and its constants.
     """
@@ -98,6 +111,8 @@ class Inventory:
     parameters: int
     macs: int | None
     uncounted: tuple[str, ...]
+    chains: tuple[Chain, ...]
+    shared: tuple[tuple[str, ...], ...]
     nodes: Mapping[str, gs.Node] = field(repr=False)
     view: GraphView = field(repr=False)
 
@@ -171,15 +186,21 @@ def take_inventory(model: Model, shapes: Mapping[str, tuple[int, ...]] | None = 
             )
         )
 
+    chains = find_chains(weights, nodes, view)
+    shared = shared_inputs(weights)
+    seen = {chain.consumer for chain in chains} | {weight.name for members in shared for weight in members}
+
     # names of nodes need not be unique
     per_node = [(node.name or node.outputs[0].name, macs(node, shapes)) for node in graph.nodes if node.outputs]
     return Inventory(
         model=model,
-        weights=tuple(weights),
+        weights=tuple(replace(weight, needs_input=weight.name in seen) for weight in weights),
         refusals=tuple(refusals),
         parameters=parameter_count(model),
         macs=sum(count for _, count in per_node if count is not None) if measured else None,
         uncounted=(*(name for name, count in per_node if count is None), *nested) if measured else (),
+        chains=chains,
+        shared=tuple(tuple(weight.name for weight in members) for members in shared),
         nodes=nodes,
         view=view,
     )

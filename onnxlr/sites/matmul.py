@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxlr.sites.base import FLOATING, Bias, Family, Pair, Site
+from onnxlr.sites.base import BLOCKS_SINCE, FLOATING, Bias, Family, Site
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -60,50 +60,35 @@ class MatMul(Family):
             output_axis=axis,
             bias=_added_vector(output, d_out, axis, view),
             leading_ones=len(shape) - 2,
+            block_sides=frozenset({"input", "output"} if view.graph.opset >= BLOCKS_SINCE else ()),
         )
 
     def matrix(self, site: Site, node: gs.Node, stored: NDArray[Any]) -> NDArray[np.float64]:
         matrix = stored.reshape(stored.shape[-2:]).astype(np.float64)
         return matrix.T if site.input_axis == -2 else matrix
 
-    def stored(
-        self, site: Site, node: gs.Node, first: NDArray[Any], second: NDArray[Any]
-    ) -> tuple[NDArray[Any], NDArray[Any]]:
-        if site.input_axis == -2:
-            first, second = first.T, second.T
-        return first.reshape((1,) * site.leading_ones + first.shape), second
+    def stored(self, site: Site, matrix: NDArray[Any], *, reads_input: bool) -> NDArray[Any]:
+        turned = matrix.T if site.input_axis == -2 else matrix
+        return turned.reshape((1,) * site.leading_ones + turned.shape) if reads_input else turned
 
-    def stored_bias(self, site: Site, node: gs.Node, bias: NDArray[Any]) -> NDArray[Any]:
+    def stored_bias(self, site: Site, bias: NDArray[Any]) -> NDArray[Any]:
         return bias[:, None] if site.output_axis == -2 else bias
 
-    def emit(self, graph: gs.Graph, site: Site, node: gs.Node, pair: Pair) -> None:
-        output = node.outputs[0]
-        data = next(tensor for tensor in node.inputs if tensor.name == site.input)
-        hidden = gs.Variable(pair.hidden, dtype=output.dtype)
-        inserted_add = pair.bias is not None and site.bias is None
-        product = gs.Variable(f"{site.output}/product", dtype=output.dtype) if inserted_add else output
-        node.outputs.clear()
+    def addend(self, node: gs.Node) -> gs.Tensor | None:
+        return None
+
+    def product(
+        self,
+        site: Site,
+        node: gs.Node,
+        data: gs.Tensor,
+        weight: gs.Tensor,
+        output: gs.Tensor,
+        name: str,
+        addend: gs.Tensor | None = None,
+    ) -> gs.Node:
         left = site.input_axis == -2
-        graph.nodes.extend(
-            [
-                gs.Node(
-                    "MatMul",
-                    f"{site.name}/first",
-                    inputs=[pair.first, data] if left else [data, pair.first],
-                    outputs=[hidden],
-                ),
-                gs.Node(
-                    "MatMul",
-                    f"{site.name}/second",
-                    inputs=[pair.second, hidden] if left else [hidden, pair.second],
-                    outputs=[product],
-                ),
-            ]
-        )
-        if inserted_add:
-            graph.nodes.append(gs.Node("Add", f"{site.name}/mean", inputs=[product, pair.bias], outputs=[output]))
-        node.inputs.clear()
-        graph.nodes.remove(node)
+        return gs.Node("MatMul", name, inputs=[weight, data] if left else [data, weight], outputs=[output])
 
 
 def _added_vector(output: gs.Tensor, d_out: int, axis: int, view: GraphView) -> Bias | None:

@@ -1,0 +1,176 @@
+"""The forms in which a weight can be stored, and what is stored in each.
+
+dense
+    `W` itself, or what is left of it where hidden units were dropped (`onnxlr.width`).
+pair
+    `h = x A`, `y = h B`: `r (d_in + d_out)` parameters.
+block
+    A pair of which `r` rows of `A`, or columns of `B`, are the identity. Any product of rank `r` can be written so,
+    since `A B = (A T) (T^-1 B)` for every invertible `T`. On the output side `T` are `r` neighbouring columns of `B`,
+    so `y = [h, h M]` or `[h M, h]`; on the input side `T^-1` are `r` neighbouring rows of `A`, so
+    `h = x_window + x_rest M`. `r (d_in + d_out) - r^2` parameters: fewer than dense at every rank below full, and the
+    same error as the pair. The window lies at the start or at the end, where one Concat or Split of two parts does, and
+    of the two it is the one whose `T` is better conditioned: rounding is amplified by its condition number.
+
+A pair or block may share its first factor with other weights that read the same tensor, and any form may stand for a
+narrowed weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import scipy.linalg
+
+from onnxlr.factorize import Factors
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    Matrix = NDArray[np.float64]
+    Index = NDArray[np.intp]
+    Side = Literal["input", "output"]
+    Products = tuple[tuple[int, int], ...]
+
+MAX_CONDITION = {"float64": 1e6, "float32": 1e4, "float16": 30.0, "bfloat16": 10.0}
+"""The largest condition number of a block's window, by dtype: it costs its logarithm in digits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Where the identity of a block lies: from feature `start` of its side on, at the start or the end of them."""
+
+    side: Side
+    start: int
+    condition: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What takes the place of one weight.
+
+    Attributes
+    ----------
+    first
+        `A [d_in, r]`; for a block on the input side its rows outside the window, `[d_in - r, r]`; None for dense.
+    second
+        `B [r, d_out]`; for a block on the output side its columns outside the window, `[r, d_out - r]`; for dense the
+        weight.
+    bias
+        What is added to the bias [d_out], or None.
+    window
+        Of a block.
+    shared
+        Under which name `first`, and `h`, are shared with other weights that read the same tensor.
+    inputs, outputs
+        The features of the dense layer that are left of its input and output, where it was narrowed.
+    """
+
+    first: Matrix | None
+    second: Matrix
+    bias: Matrix | None
+    window: Window | None = None
+    shared: str | None = None
+    inputs: Index | None = None
+    outputs: Index | None = None
+
+    @classmethod
+    def pair(cls, factors: Factors) -> Stored:
+        """Two factors as they are."""
+        return cls(factors.first, factors.second, factors.bias)
+
+    @property
+    def rank(self) -> int | None:
+        """The width of `h`; None for dense."""
+        return None if self.first is None else int(self.first.shape[1])
+
+    @property
+    def split(self) -> tuple[int, int]:
+        """Of a block: how many features of its side are in the window and outside of it."""
+        if self.first is None or self.window is None:
+            return 0, 0
+        return self.first.shape[1], self.first.shape[0] if self.window.side == "input" else self.second.shape[1]
+
+    @property
+    def elements(self) -> int:
+        """Numbers in the two matrices."""
+        return self.second.size + (0 if self.first is None else self.first.size)
+
+    def factors(self, d_in: int, d_out: int) -> Factors:
+        """The same map from and to all features of the dense layer [d_in], [d_out], as two factors.
+
+        Features that were dropped are not read, and are given out as 0.
+        """
+        if self.first is None:
+            first, second = np.eye(len(self.second)), self.second
+        else:
+            first, second = self.first, self.second
+        window = self.window
+        if window is not None and window.side == "input":
+            first = np.insert(first, np.full(len(second), window.start), np.eye(len(second)), axis=0)
+        if window is not None and window.side == "output":
+            rank = first.shape[1]
+            second = np.insert(second, np.full(rank, window.start), np.eye(rank), axis=1)
+        bias = self.bias
+        if self.inputs is not None:
+            first = _placed(first, self.inputs, d_in, axis=0)
+        if self.outputs is not None:
+            second = _placed(second, self.outputs, d_out, axis=1)
+            bias = None if bias is None else _placed(bias, self.outputs, d_out, axis=0)
+        return Factors(first, second, bias)
+
+
+def _placed(array: Matrix, index: Index, length: int, axis: int) -> Matrix:
+    shape = list(array.shape)
+    shape[axis] = length
+    result = np.zeros(shape)
+    result[(slice(None),) * axis + (index,)] = array
+    return result
+
+
+def pair_products(d_in: int, d_out: int, rank: int) -> Products:
+    """The shapes of the two matrices of a pair."""
+    return (d_in, rank), (rank, d_out)
+
+
+def block_products(d_in: int, d_out: int, rank: int, side: Side) -> Products:
+    """The shapes of the two matrices of a block."""
+    if side == "input":
+        return (d_in - rank, rank), (rank, d_out)
+    return (d_in, rank), (rank, d_out - rank)
+
+
+def best_window(factor: Matrix, side: Side) -> Window:
+    """The best conditioned window of a first factor [d, r] on the input side, of a second [r, d] on the output side."""
+    square = factor if side == "input" else factor.T
+    rank = square.shape[1]
+    conditions = {start: float(np.linalg.cond(square[start : start + rank])) for start in (0, len(square) - rank)}
+    start = min(conditions, key=lambda key: conditions[key])
+    return Window(side, start, conditions[start])
+
+
+def as_block(pair: Stored, window: Window) -> Stored:
+    """A pair as a block: the same product, `r^2` numbers fewer."""
+    assert pair.first is not None
+    rank = pair.first.shape[1]
+    inside = np.arange(window.start, window.start + rank)
+    if window.side == "output":
+        square = pair.second[:, inside]
+        solved = scipy.linalg.solve(square, np.delete(pair.second, inside, axis=1), check_finite=False)
+        return replace(pair, first=pair.first @ square, second=solved, window=window)
+    (result,) = as_shared_block([pair], window)
+    return result
+
+
+def as_shared_block(pairs: Sequence[Stored], window: Window) -> list[Stored]:
+    """Pairs with one first factor as blocks on the input side, with one first factor still."""
+    first = pairs[0].first
+    assert first is not None
+    inside = np.arange(window.start, window.start + first.shape[1])
+    square = first[inside]
+    rest = scipy.linalg.solve(square.T, np.delete(first, inside, axis=0).T, check_finite=False).T
+    return [replace(pair, first=rest, second=square @ pair.second, window=window) for pair in pairs]

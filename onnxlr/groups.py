@@ -1,0 +1,491 @@
+"""Weights that are decided on together, and the forms that each group offers.
+
+    Single    one weight: dense, a pair, or a block
+    Shared    weights that read one tensor: each on its own, or all with one first factor
+    Chain     weights that make hidden units and the one that reads them: as they are, or with fewer units, and on top
+              of that whatever the narrowed weights offer
+
+A group's options are choices with a cost and a predicted damage: the squared relative error of the model's outputs. A
+choice stores nothing until it is asked to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import numpy as np
+
+from onnxlr.factorize import Factors
+from onnxlr.forms import (
+    MAX_CONDITION,
+    Stored,
+    as_block,
+    as_shared_block,
+    best_window,
+    block_products,
+    pair_products,
+)
+from onnxlr.layer import Layer, stacked
+from onnxlr.plan import Option, joined, lower_hull
+from onnxlr.width import Elimination
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from onnxlr.config import Config
+    from onnxlr.costs import Costs
+    from onnxlr.factorize import Decomposition
+    from onnxlr.forms import Products, Side
+    from onnxlr.sites import Inventory, Weight
+
+    Index = NDArray[np.intp]
+
+BLOCK_GAIN = 0.06
+"""The share of a pair's parameters that a block has to save to be offered: its Concat or Split costs time."""
+NARROWED = (0.75, 0.5)
+"""The shares of a chain's hidden units at which the narrowed weights are offered as pairs and blocks as well."""
+LEAST_SCALE = 1e-6
+"""The least importance of a weight in a shared first factor, relative to the largest: it cannot be 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How one weight is kept.
+
+    `rank` is None for dense, `width` the number of hidden units left where it was narrowed, `shared` whether its first
+    factor also serves others.
+    """
+
+    form: Literal["dense", "pair", "block"] = "dense"
+    rank: int | None = None
+    width: int | None = None
+    shared: bool = False
+
+    def __str__(self) -> str:
+        return (
+            self.form
+            + (" with a shared first factor" if self.shared else "")
+            + (f" of {self.width} hidden units" if self.width is not None else "")
+        )
+
+
+class BadlyConditionedError(Exception):
+    """Blocks of these weights would amplify rounding too much."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__(", ".join(names))
+        self.names = frozenset(names)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A form for every weight of a group.
+
+    Attributes
+    ----------
+    cuts
+        By weight.
+    damages
+        By weight: the squared relative error of the model's outputs that is predicted for it.
+    store
+        Makes the arrays of the weights that are not left as they are. Blocks are made of their pairs only when its
+        argument says so: the product is the same. Raises `BadlyConditionedError`.
+    cost
+        Of the whole model, where a planner chose.
+    """
+
+    cuts: Mapping[str, Cut]
+    damages: Mapping[str, float]
+    store: Callable[[bool], dict[str, Stored]]
+    cost: float = 0.0
+
+    @classmethod
+    def of(cls, choices: Sequence[Choice]) -> Choice:
+        """Several choices as one."""
+        return cls(
+            {name: cut for choice in choices for name, cut in choice.cuts.items()},
+            {name: damage for choice in choices for name, damage in choice.damages.items()},
+            lambda final: {name: stored for choice in choices for name, stored in choice.store(final).items()},
+        )
+
+
+@dataclass(frozen=True)
+class Narrowing:
+    """What is left of a weight whose hidden units were dropped.
+
+    `inputs` or `outputs` are the features kept, `width` their number, `bias` the correction that this alone makes.
+    """
+
+    width: int
+    inputs: Index | None = None
+    outputs: Index | None = None
+    bias: NDArray[np.float64] | None = None
+
+    def put(self, stored: Stored) -> Stored:
+        """`stored`, known to be narrowed, its bias added to."""
+        bias = stored.bias if self.bias is None else self.bias + (0.0 if stored.bias is None else stored.bias)
+        return replace(stored, inputs=self.inputs, outputs=self.outputs, bias=bias)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A weight that takes part, ready to be cut.
+
+    Attributes
+    ----------
+    weight, layer
+        What it is, and how its objective sees it.
+    fixed
+        The rank that is demanded, if any.
+    rows, dim
+        Rows that made up its moments, and their width; None without data.
+    note
+        Goes before the reason for its form in the report.
+    narrowing
+        Set where it stands for less than the whole weight.
+    """
+
+    weight: Weight
+    layer: Layer
+    fixed: int | None = None
+    rows: int | None = None
+    dim: int = 0
+    note: str = ""
+    narrowing: Narrowing | None = None
+
+    @property
+    def name(self) -> str:
+        """That of its weight."""
+        return self.weight.name
+
+    @property
+    def width(self) -> int | None:
+        """The hidden units left, where it was narrowed."""
+        return None if self.narrowing is None else self.narrowing.width
+
+    @cached_property
+    def decomposition(self) -> Decomposition:
+        """Made when it is needed first."""
+        return self.layer.decompose()
+
+    def pair(self, rank: int) -> Stored:
+        """Its two factors."""
+        return self.put(self.decomposition.cut(rank))
+
+    def put(self, factors: Factors) -> Stored:
+        """Factors of its layer as what is stored."""
+        stored = Stored.pair(factors)
+        return stored if self.narrowing is None else self.narrowing.put(stored)
+
+    def dense(self) -> dict[str, Stored]:
+        """What is stored where no rank is cut: nothing new for the whole weight."""
+        if self.narrowing is None:
+            return {}
+        return {self.name: self.narrowing.put(Stored(None, self.layer.matrix, None))}
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """On what terms groups make their offers.
+
+    `importance` is the squared error of the model's outputs for a unit of a weight's damage; `no_blocks` are weights
+    whose blocks proved badly conditioned.
+    """
+
+    config: Config
+    costs: Costs
+    importance: Mapping[str, float]
+    no_blocks: frozenset[str] = frozenset()
+
+    def damage(self, part: Part, damage: float) -> float:
+        """A damage of `part` in squared relative error."""
+        # whatever its importance: an infinite one has no product with 0
+        return self.importance.get(part.name, 0.0) * damage if damage else 0.0
+
+    def price(self, part: Part, products: Products, *, moved: int = 0, corrected: bool | None = None) -> float:
+        """The cost of `part` stored as `products`."""
+        corrects = self.config.corrects_bias if corrected is None else corrected
+        return self.costs.form(part.weight, products, moved=moved, corrected=corrects)
+
+
+class Group(Protocol):
+    """Weights that are decided on together."""
+
+    @property
+    def parts(self) -> Sequence[Part]:
+        """All its weights."""
+
+    def options(self, terms: Terms) -> list[Option[Choice]]:
+        """What it offers, dense or what the user demands at least."""
+
+
+def best_side(weight: Weight, d_in: int, d_out: int) -> Side | None:
+    """The side of a block: the narrower one, where less has to be moved, if it can be had there."""
+    sides: tuple[Side, Side] = ("output", "input") if d_out <= d_in else ("input", "output")
+    return next((side for side in sides if side in weight.block_sides), None)
+
+
+class Single:
+    """One weight."""
+
+    def __init__(self, part: Part) -> None:
+        self.part = part
+        self.parts = (part,)
+
+    def options(self, terms: Terms) -> list[Option[Choice]]:
+        part = self.part
+        if part.fixed is not None:
+            return [self._pair(part.fixed, terms)]
+        return [self._dense(terms), *self._pairs(terms), *self._blocks(terms)]
+
+    def _dense(self, terms: Terms) -> Option[Choice]:
+        part, layer, narrowing = self.part, self.part.layer, self.part.narrowing
+        if narrowing is None:
+            return Option(Choice({part.name: Cut()}, {part.name: 0.0}, lambda _: {}), terms.costs.dense(part.weight), 0)
+        cost = terms.price(part, ((layer.d_in, layer.d_out),), corrected=narrowing.bias is not None)
+        cut = Cut(width=narrowing.width)
+        return Option(Choice({part.name: cut}, {part.name: 0.0}, lambda _: part.dense()), cost, 0.0)
+
+    def _pairs(self, terms: Terms) -> Iterator[Option[Choice]]:
+        d_in, d_out = self.part.layer.d_in, self.part.layer.d_out
+        if "pair" not in terms.config.forms:
+            return
+        for rank in ranks(terms.config, min(d_in, d_out)):
+            if rank * (d_in + d_out) > terms.config.margin * d_in * d_out:
+                return
+            yield self._pair(rank, terms)
+
+    def _pair(self, rank: int, terms: Terms) -> Option[Choice]:
+        part = self.part
+        cost = terms.price(part, pair_products(part.layer.d_in, part.layer.d_out, rank))
+        damage = terms.damage(part, part.decomposition.damage(rank))
+        cut = Cut("pair", rank, part.width)
+        return Option(
+            Choice({part.name: cut}, {part.name: damage}, lambda _: {part.name: part.pair(rank)}), cost, damage
+        )
+
+    def _blocks(self, terms: Terms) -> Iterator[Option[Choice]]:
+        part, d_in, d_out = self.part, self.part.layer.d_in, self.part.layer.d_out
+        side = best_side(part.weight, d_in, d_out)
+        if "block" not in terms.config.forms or side is None or part.name in terms.no_blocks:
+            return
+        for rank in ranks(terms.config, min(d_in, d_out)):
+            if _worth_a_block(rank, d_in, d_out, terms.config):
+                damage = terms.damage(part, part.decomposition.damage(rank))
+                cut = Cut("block", rank, part.width)
+                choice = Choice({part.name: cut}, {part.name: damage}, self._storing(rank, side))
+                products, moved = block_products(d_in, d_out, rank, side), d_in if side == "input" else d_out
+                yield Option(choice, terms.price(part, products, moved=moved), damage)
+
+    def _storing(self, rank: int, side: Side) -> Callable[[bool], dict[str, Stored]]:
+        part = self.part
+
+        def store(final: bool) -> dict[str, Stored]:
+            pair = part.pair(rank)
+            if not final:
+                return {part.name: pair}
+            assert pair.first is not None
+            window = best_window(pair.first if side == "input" else pair.second, side)
+            if window.condition > MAX_CONDITION[part.weight.dtype]:
+                raise BadlyConditionedError([part.name])
+            return {part.name: as_block(pair, window)}
+
+        return store
+
+
+class Shared:
+    """Weights that read one tensor."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = tuple(parts)
+
+    def options(self, terms: Terms) -> list[Option[Choice]]:
+        apart = [
+            Option(Choice.of(option.choice), option.cost, option.damage)
+            for option in joined([Single(part).options(terms) for part in self.parts])
+        ]
+        importances = [terms.importance.get(part.name, 0.0) for part in self.parts]
+        most = max(importances)
+        if not 0 < most < np.inf or not terms.config.forms & {"pair", "block"}:
+            return apart
+        scales = [max(importance, LEAST_SCALE * most) for importance in importances]
+        layer = stacked([part.layer for part in self.parts], scales)
+        return [*apart, *self._together(layer.decompose(), terms)]
+
+    def _together(self, decomposition: Decomposition, terms: Terms) -> Iterator[Option[Choice]]:
+        d_in, widths = self.parts[0].layer.d_in, [part.layer.d_out for part in self.parts]
+        blocks = all("input" in p.weight.block_sides and p.name not in terms.no_blocks for p in self.parts)
+        for rank in ranks(terms.config, min(d_in, sum(widths))):
+            damage = decomposition.damage(rank)
+            # the least gain in error is spread over the weights by their share of the parameters
+            damages = {p.name: damage * width / sum(widths) for p, width in zip(self.parts, widths, strict=True)}
+            seconds = sum(terms.price(part, ((rank, width),)) for part, width in zip(self.parts, widths, strict=True))
+            pair, block = ((d_in, rank),), ((d_in - rank, rank),)
+            if "pair" in terms.config.forms and rank * (d_in + sum(widths)) <= terms.config.margin * d_in * sum(widths):
+                cost = seconds + terms.price(self.parts[0], pair, corrected=False)
+                yield Option(self._choice(rank, "pair", damages, decomposition), cost, damage)
+            if blocks and "block" in terms.config.forms and _worth_a_block(rank, d_in, sum(widths), terms.config):
+                cost = seconds + terms.price(self.parts[0], block, moved=d_in, corrected=False)
+                yield Option(self._choice(rank, "block", damages, decomposition), cost, damage)
+
+    def _choice(
+        self, rank: int, form: Literal["pair", "block"], damages: Mapping[str, float], decomposition: Decomposition
+    ) -> Choice:
+        def store(final: bool) -> dict[str, Stored]:
+            factors = decomposition.cut(rank)
+            pairs = self._split(factors)
+            if final and form == "block":
+                window = best_window(factors.first, "input")
+                if window.condition > MAX_CONDITION[self.parts[0].weight.dtype]:
+                    raise BadlyConditionedError([part.name for part in self.parts])
+                pairs = as_shared_block(pairs, window)
+            return {part.name: pair for part, pair in zip(self.parts, pairs, strict=True)}
+
+        cuts = {part.name: Cut(form, rank, part.width, shared=True) for part in self.parts}
+        return Choice(cuts, damages, store)
+
+    def _split(self, factors: Factors) -> list[Stored]:
+        name = "+".join(part.name for part in self.parts)
+        pairs, start = [], 0
+        for part in self.parts:
+            own = slice(start, start + part.layer.d_out)
+            bias = None if factors.bias is None else factors.bias[own]
+            pairs.append(replace(part.put(Factors(factors.first, factors.second[:, own], bias)), shared=name))
+            start = own.stop
+        return pairs
+
+
+class Chained:
+    """Weights that make hidden units, and the one that reads them."""
+
+    def __init__(self, producers: Sequence[Part], consumer: Part, config: Config) -> None:
+        self._producers, self._consumer, self._config = tuple(producers), consumer, config
+        self.parts = (*self._producers, consumer)
+
+    @cached_property
+    def _elimination(self) -> Elimination:
+        layer = self._consumer.layer
+        root = None if layer.gain is None else layer.gain.root
+        return Elimination(layer.matrix, layer.moments, root, self._config.rank_multiple)
+
+    @cached_property
+    def _whole(self) -> tuple[Group, Group]:
+        return self._groups(self._producers, self._consumer)
+
+    @cached_property
+    def _narrowed(self) -> dict[int, tuple[Group, Group]]:
+        full = self._consumer.layer.d_in
+        widths = self._elimination.widths
+        wanted = {min(widths, key=lambda width: abs(width - share * full)) for share in NARROWED} if widths else set()
+        return {width: self._narrow(width) for width in wanted}
+
+    def _groups(self, producers: Sequence[Part], consumer: Part) -> tuple[Group, Group]:
+        sharing = len(producers) > 1 and "shared" in self._config.forms and _read_one_tensor(producers)
+        first = Shared(producers) if sharing else Several(producers)
+        return first, Single(consumer)
+
+    def _narrow(self, width: int) -> tuple[Group, Group]:
+        kept = self._elimination.kept(width)
+        matrix, bias = self._elimination.weight(kept)
+        producers = [
+            replace(part, layer=part.layer.narrowed_outputs(kept), narrowing=Narrowing(width, outputs=kept))
+            for part in self._producers
+        ]
+        consumer = replace(
+            self._consumer,
+            layer=self._consumer.layer.narrowed_inputs(kept, matrix),
+            narrowing=Narrowing(width, inputs=kept, bias=bias if self._config.corrects_bias else None),
+        )
+        return self._groups(producers, consumer)
+
+    def options(self, terms: Terms) -> list[Option[Choice]]:
+        found = [_chosen(option, 0.0, self._consumer.name) for option in _joined_options(self._whole, terms)]
+        for width in self._elimination.widths:
+            lost = terms.damage(self._consumer, self._elimination.damage(width))
+            if width in self._narrowed:
+                offers = _joined_options(self._narrowed[width], terms)
+                found += [_chosen(option, lost, self._consumer.name) for option in offers]
+            else:
+                found.append(self._dense_option(width, lost, terms))
+        return found
+
+    def _dense_option(self, width: int, lost: float, terms: Terms) -> Option[Choice]:
+        cost = terms.price(
+            self._consumer, ((width, self._consumer.layer.d_out),), corrected=self._config.corrects_bias
+        ) + sum(terms.price(part, ((part.layer.d_in, width),), corrected=False) for part in self._producers)
+
+        def store(final: bool) -> dict[str, Stored]:
+            return {
+                name: stored
+                for group in self._narrow(width)
+                for part in group.parts
+                for name, stored in part.dense().items()
+            }
+
+        cuts = {part.name: Cut(width=width) for part in self.parts}
+        damages = {part.name: lost if part is self._consumer else 0.0 for part in self.parts}
+        return Option(Choice(cuts, damages, store), cost, lost)
+
+
+class Several:
+    """Weights side by side that have nothing to share."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = tuple(parts)
+
+    def options(self, terms: Terms) -> list[Option[Choice]]:
+        return [
+            Option(Choice.of(option.choice), option.cost, option.damage)
+            for option in joined([Single(part).options(terms) for part in self.parts])
+        ]
+
+
+def _joined_options(groups: Sequence[Group], terms: Terms) -> list[Option[tuple[Choice, ...]]]:
+    return joined([group.options(terms) for group in groups])
+
+
+def _chosen(option: Option[tuple[Choice, ...]], lost: float, consumer: str) -> Option[Choice]:
+    choice = Choice.of(option.choice)
+    damages = {**choice.damages, consumer: choice.damages[consumer] + lost}
+    return Option(Choice(choice.cuts, damages, choice.store), option.cost, option.damage + lost)
+
+
+def _read_one_tensor(parts: Sequence[Part]) -> bool:
+    return len({(part.weight.sites[0].input, part.weight.sites[0].input_axis) for part in parts}) == 1
+
+
+def _worth_a_block(rank: int, d_in: int, d_out: int, config: Config) -> bool:
+    pair = rank * (d_in + d_out)
+    return pair - rank**2 <= config.margin * d_in * d_out and rank**2 >= BLOCK_GAIN * pair
+
+
+def ranks(config: Config, full: int) -> range:
+    """The ranks on offer below full rank: multiples of what the hardware likes."""
+    return range(config.rank_multiple, full, config.rank_multiple)
+
+
+def group(parts: Sequence[Part], inventory: Inventory, config: Config) -> list[Group]:
+    """All parts, each in one group; those with a rank that is demanded stay alone."""
+    free = {part.name: part for part in parts if part.fixed is None}
+    groups: list[Group] = []
+    for chain in inventory.chains if "width" in config.forms else ():
+        members = [free[name] for name in (*chain.producers, chain.consumer) if name in free]
+        if len(members) == len(chain.producers) + 1:
+            groups.append(Chained(members[:-1], members[-1], config))
+            for part in members:
+                del free[part.name]
+    for names in inventory.shared if "shared" in config.forms else ():
+        members = [free.pop(name) for name in names if name in free]
+        if members:
+            groups.append(Shared(members) if len(members) > 1 else Single(members[0]))
+    rest = [*free.values(), *(part for part in parts if part.fixed is not None)]
+    return [*groups, *map(Single, rest)]
+
+
+def hull(group: Group, terms: Terms) -> list[Option[Choice]]:
+    """What is best of a group's options."""
+    return lower_hull(group.options(terms))

@@ -1,0 +1,106 @@
+"""A linear layer as an objective sees it: its weight, the moments of its data, and what its errors weigh.
+
+A `Layer` can be decomposed as it is, or first narrowed to some of its inputs or outputs, or stacked side by side with
+others that read the same tensor: `[W_1 W_2 ...] [d_in, d_1 + d_2 + ...]`, so that one first factor serves them all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from onnxlr.factorize import (
+    Gain,
+    OutputDecomposition,
+    UtilizedDecomposition,
+    WeighedDecomposition,
+    WeightDecomposition,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from onnxlr.factorize import Decomposition
+    from onnxlr.gram import Moments
+
+    Matrix = NDArray[np.float64]
+    Index = NDArray[np.intp]
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One weight and what decides how it is best cut.
+
+    Attributes
+    ----------
+    matrix
+        `W [d_in, d_out]`, float64.
+    moments
+        Of the rows of `x` [d_in] or, with `observed_output`, of those of `x W` [d_out]; None for the plain singular
+        value decomposition.
+    observed_output
+        Which of the two.
+    gain
+        What errors of the output weigh [d_out, d_out]; None where all weigh the same.
+    projected
+        The objective "utilized": project on the subspaces of the data in place of least squares.
+    """
+
+    matrix: Matrix
+    moments: Moments | None = None
+    observed_output: bool = False
+    gain: Gain | None = None
+    projected: bool = False
+
+    @property
+    def d_in(self) -> int:
+        """Width of the input."""
+        return int(self.matrix.shape[0])
+
+    @property
+    def d_out(self) -> int:
+        """Width of the output."""
+        return int(self.matrix.shape[1])
+
+    def decompose(self) -> Decomposition:
+        """Prepare to cut at any rank."""
+        if self.gain is not None:
+            root = self.gain.root
+            moments = self.moments
+            if moments is not None and self.observed_output:
+                moments = moments.mapped(root)
+            weighed = replace(self, matrix=self.matrix @ root, moments=moments, gain=None)
+            return WeighedDecomposition(weighed.decompose(), self.gain)
+        if self.moments is None:
+            return WeightDecomposition(self.matrix)
+        if self.projected:
+            return UtilizedDecomposition(self.matrix, self.moments)
+        return OutputDecomposition(self.matrix, self.moments, observed_output=self.observed_output)
+
+    def narrowed_outputs(self, kept: Index) -> Layer:
+        """The layer with some of its outputs only."""
+        moments = self.moments
+        if moments is not None and self.observed_output:
+            moments = moments.kept(kept)
+        gain = None if self.gain is None else self.gain.kept(kept)
+        return replace(self, matrix=self.matrix[:, kept], moments=moments, gain=gain)
+
+    def narrowed_inputs(self, kept: Index, matrix: Matrix) -> Layer:
+        """The layer with some of its inputs only, and the `matrix` that makes the best of them.
+
+        Moments have to be those of the input.
+        """
+        return replace(self, matrix=matrix, moments=None if self.moments is None else self.moments.kept(kept))
+
+
+def stacked(layers: Sequence[Layer], scales: Sequence[float]) -> Layer:
+    """Layers that read one tensor, side by side; `scales` are what the damage of each counts.
+
+    Moments have to be those of the input.
+    """
+    gains = [layer.gain or Gain(np.eye(layer.d_out)) for layer in layers]
+    return replace(layers[0], matrix=np.hstack([layer.matrix for layer in layers]), gain=Gain.stacked(gains, scales))
