@@ -1,15 +1,8 @@
 """Which weights are cut, and how, so that a target is met.
 
-A budget (`keep_params`, `keep_macs`) is allocated over the whole model by `onnxlr.plan`. For that the damages of all
-weights must be in one unit, and a layer's own error is not: some layers' errors never reach the output, others grow.
-So each weight's importance is measured. It alone is cut to a middle rank, the rest stays dense, and the squared
-relative error `e^2` of the model's outputs is read off; its damage at any rank `r` is then predicted as
-`e^2 damage(r) / damage(middle)`. The predictions of all weights add up to that of the model's squared error, as long
-as the errors are small and independent.
-
-Where much is cut they are neither. So importances are measured again at the plan that was found, in rounds: a group of
-weights is made dense again, the rest stays cut, and the fall of the squared error is what that group's cut costs there.
-A round's plan is kept if it is better on the same samples.
+A budget (`keep_params`, `keep_macs`) is allocated over the whole model by `onnxlr.plan`, by what each weight's cut does
+to the model's outputs (`onnxlr.importance`). That is measured again at the plan that was found, in rounds; a round's
+plan is kept if it is better on the same samples.
 
 A bound on the error or the task metric is met by bisection over the budget; every step runs the whole plan on held-out
 data, so the prediction only ranks the plans and never vouches for one.
@@ -21,11 +14,10 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from onnxlr.costs import costs_in
 from onnxlr.errors import GateError
-from onnxlr.groups import BadlyConditionedError, Choice, Cut, Terms, group, ranks
+from onnxlr.groups import BadlyConditionedError, Choice, Cut, Terms, group
+from onnxlr.importance import factors, measure_again, measure_alone
 from onnxlr.plan import BudgetTooSmall, allocate
 
 if TYPE_CHECKING:
@@ -44,8 +36,6 @@ SEARCH_STEPS = 10
 """Plans tried in a search: the smallest model is found to within 0.2% of the range of budgets."""
 ROUNDING = 1 + 1e-13
 """On every budget: 0.29 of 100 parameters is 28.999999999999996, and 29 must fit."""
-MOST_CORRECTED = 8.0
-"""The most by which one round changes an importance: marginal errors are differences of two noisy figures."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,25 +176,9 @@ class Chooser:
         self._unit: Unit = "macs" if config.target.kind == "keep_macs" else "params"
         self._groups = group(parts, inventory, config)
         self._no_blocks: frozenset[str] = frozenset()
-        self._importance = {part.name: self._alone(part) for part in parts}
-
-    def _alone(self, part: Part) -> float:
-        """The squared error of the outputs for a unit of damage, measured with all other weights dense."""
-        self._progress("importance", 1, len(self._parts))
-        weight = part.weight
-        offered = ranks(self._config, min(weight.d_in, weight.d_out))
-        middle = weight.d_in * weight.d_out / (weight.d_in + weight.d_out) / 2
-        if not offered or (part.fixed is None and not self._config.forms):
-            return 0.0
-        rank = min(offered, key=lambda rank: abs(rank - middle))
-        damage = part.decomposition.damage(rank)
-        if damage <= 0:
-            return 0.0
-        return self._trial.error(self._factors({part.name: part.pair(rank)}), self._probed) ** 2 / damage
-
-    def _factors(self, stored: Mapping[str, Stored]) -> dict[str, Factors]:
-        weights = {name: self._parts[name].weight for name in stored}
-        return {name: arrays.factors(weights[name].d_in, weights[name].d_out) for name, arrays in stored.items()}
+        self._importance = measure_alone(
+            parts, trial, probed, config, lambda done: progress("importance", done, len(parts))
+        )
 
     def plan(self, limit: float) -> Plan:
         """The plan that keeps `limit` of the target's quantity, or stays within it.
@@ -217,7 +191,9 @@ class Chooser:
         best = self._search(self._planner(), limit)
         for _ in range(self._config.rounds):
             kept = self._importance
-            self._importance = self._measured_again(best)
+            self._importance = measure_again(
+                best, self._groups, kept, self._trial, self._probed, lambda done: self._progress("rounds", done, None)
+            )
             found = self._search(self._planner(), limit)
             if not self._better(found, best):
                 self._importance = kept
@@ -241,33 +217,15 @@ class Chooser:
             energy[name] = 1 - damage / total if total else 1.0
         return Plan(choice.cuts, choice.store(True), energy, choice.damages)
 
+    def _factors(self, choice: Choice) -> dict[str, Factors]:
+        return factors(list(self._parts.values()), choice.store(False))
+
     def _better(self, found: Choice, best: Choice) -> bool:
         """Whether a choice for the same target errs less or, where the error is the target, costs less."""
         if not self._config.target.kind.startswith("keep"):
             return found.cost < best.cost
-        new, old = (self._trial.error(self._factors(choice.store(False)), self._probed) for choice in (found, best))
+        new, old = (self._trial.error(self._factors(choice), self._probed) for choice in (found, best))
         return new < old
-
-    def _measured_again(self, choice: Choice) -> dict[str, float]:
-        """Importances as they are where `choice` is made: by what making a group dense again gains."""
-        cut = self._factors(choice.store(False))
-        whole = self._trial.error(cut, self._probed) ** 2
-        changes = {}
-        for number, members in enumerate(self._groups):
-            names = {part.name for part in members.parts}
-            predicted = sum(choice.damages[name] for name in names)
-            if predicted > 0:
-                others = {name: factors for name, factors in cut.items() if name not in names}
-                gained = whole - self._trial.error(others, self._probed) ** 2
-                changes[number] = float(np.clip(gained / predicted, 1 / MOST_CORRECTED, MOST_CORRECTED))
-            self._progress("importance", 1, None)
-        # what is dense now shares the fate of the others on average
-        usual = float(np.exp(np.mean(np.log(list(changes.values()))))) if changes else 1.0
-        return {
-            part.name: self._importance[part.name] * changes.get(number, usual)
-            for number, members in enumerate(self._groups)
-            for part in members.parts
-        }
 
     def _search(self, planner: Planner, limit: float) -> Choice:
         kind = self._config.target.kind
@@ -290,7 +248,7 @@ class Chooser:
         """
 
         def measured(choice: Choice) -> float:
-            return measure(self._factors(choice.store(False)), self._held_out)
+            return measure(self._factors(choice), self._held_out)
 
         low = planner.least
         most = high = max(low, planner.whole)  # given ranks may cost more than dense weights
