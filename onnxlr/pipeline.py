@@ -16,7 +16,7 @@ from onnxlr.calibrate import weight_gradients, weight_moments
 from onnxlr.case import gather, load_truth, prepare, quiet, require_held_out, require_same_division, require_same_model
 from onnxlr.config import Config
 from onnxlr.data import ImageOptions, batches, fixed_batch, spread
-from onnxlr.errors import ConfigError, GateError, ModelError
+from onnxlr.errors import ConfigError, GateError, ModelError, OutputError
 from onnxlr.factorize import Gain
 from onnxlr.files import require_writable
 from onnxlr.groups import Part
@@ -24,6 +24,7 @@ from onnxlr.layer import Layer
 from onnxlr.metrics import load_metric
 from onnxlr.model_io import check, load, save
 from onnxlr.rewrite import rewrite
+from onnxlr.session import fused_operators
 from onnxlr.summary import summarize
 from onnxlr.targets import Chooser, by_energy
 from onnxlr.trial import Trial
@@ -128,6 +129,7 @@ def compress(
         dense, low_rank = compare_latency(
             [case.model, compressed], feed, provider=config.provider, threads=config.threads
         )
+        fused = (_fused(case.model, config), _fused(compressed, config))
     file_bytes = len(compressed.serialize()) if path is None else 0
     if path is not None:
         with clock.stage("save"):
@@ -136,7 +138,8 @@ def compress(
             file_bytes = load(path).nbytes
     return summarize(
         case, parts, plan, config, why, stats, validation, compressed,
-        output=path, file_bytes=file_bytes, latencies=(dense, low_rank), seconds=clock.seconds,
+        output=path, file_bytes=file_bytes, latencies=(dense, low_rank), fused=fused,
+        seconds=clock.seconds,
     )  # fmt: skip
 
 
@@ -236,6 +239,14 @@ def _chooser(
     searched = config.target.kind in ("max_error", "min_metric_kept")
     held_out = trial.observe((sample for _, sample in numbered), truth) if searched else []
     return Chooser(case.inventory, parts, trial, probed, held_out, config, progress)
+
+
+def _fused(model: Model, config: Config) -> dict[str, int] | None:
+    """What onnxruntime fuses; None where it cannot save that: a provider compiles the graph, a disk is full."""
+    try:
+        return fused_operators(model, provider=config.provider, threads=config.threads)
+    except (ModelError, OutputError):
+        return None
 
 
 def _passes_check(model: Model) -> bool:

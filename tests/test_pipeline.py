@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,8 @@ import onnxlr
 from onnxlr import Config, Target
 from onnxlr.data import TensorSpec, open_data
 from onnxlr.errors import ConfigError, DataError, GateError
+from onnxlr.model_io import from_proto
+from onnxlr.session import fused_operators
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -235,6 +238,22 @@ def test_the_report_lists_everything(tmp_path: Path) -> None:
     assert document["held_out"] == 5
     assert document["versions"]["onnx"] == onnx.__version__
     assert document["config"]["target"] == {"kind": "keep_params", "value": 0.5}
+
+
+def test_fused_operators_are_counted_in_both_models(halves: tuple[Report, onnx.ModelProto]) -> None:
+    report, written = halves
+    assert report.before.fused == {"FusedMatMul": 1}
+    assert report.after.fused == fused_operators(from_proto(written), threads=1)
+    assert not any("fused" in warning for warning in report.warnings)
+
+
+def test_without_room_for_the_optimized_model_fused_operators_are_unknown_and_said_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    report, _ = shrink(mlp(), FEEDS[:64], tmp_path, Target("energy", 0.99))
+    assert (report.before.fused, report.after.fused) == (None, None)
+    assert any(warning.startswith("fused operators were not counted") for warning in report.warnings)
 
 
 def test_few_rows_are_a_warning_for_each_weight(tmp_path: Path) -> None:
