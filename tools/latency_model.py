@@ -5,7 +5,8 @@
 A stack of square layers is written in four forms: dense, pairs, and pairs with an identity block on the output side
 (`h = x A, y = [h, h M]`: Concat) or on the input side (`h = x[:r] + x[r:] M, y = h B`: Split and Add). Each stack is
 timed in turn with the dense one, and its ratio is compared with that of the times in `onnxlr.latency`. About three
-minutes on two cores.
+minutes on two cores, which have to be idle: with as many threads as cores, any other load makes both sides of the table
+meaningless (`--threads 1` bears some).
 """
 
 from __future__ import annotations
