@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from onnxlr.groups import ranks
+from onnxlr.groups import Chained, ranks, width_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -34,13 +34,15 @@ MOST_CORRECTED = 8.0
 
 
 def measure_alone(
-    parts: Sequence[Part], trial: Trial, probed: Observed, config: Config, progress: Callable[[int], None]
+    groups: Sequence[Group], trial: Trial, probed: Observed, config: Config, progress: Callable[[int], None]
 ) -> dict[str, float]:
     """The importance of every weight, all others dense; 0 where no rank is on offer or nothing is damaged.
 
+    What dropping hidden units does has an importance of its own, under `width_key`: those errors look otherwise.
+
     Parameters
     ----------
-    parts
+    groups
         The weights.
     trial, probed
         The model with free ranks, and what it is measured on.
@@ -50,10 +52,24 @@ def measure_alone(
         Called with 1 after each weight.
     """
     importance = {}
-    for part in parts:
-        importance[part.name] = _alone(part, trial, probed, config)
-        progress(1)
+    for group in groups:
+        for part in group.parts:
+            importance[part.name] = _alone(part, trial, probed, config)
+            progress(1)
+        if isinstance(group, Chained):
+            importance[width_key(group.consumer.name)] = _narrowed(group, trial, probed)
     return importance
+
+
+def _narrowed(group: Chained, trial: Trial, probed: Observed) -> float:
+    widths = group.elimination.widths
+    if not widths:
+        return 0.0
+    width = widths[len(widths) // 2]
+    damage = group.elimination.damage(width)
+    if damage <= 0:
+        return 0.0
+    return trial.error(factors(group.parts, group.store_narrowed(width)), probed) ** 2 / damage
 
 
 def _alone(part: Part, trial: Trial, probed: Observed, config: Config) -> float:
@@ -92,11 +108,12 @@ def measure_again(
         progress(1)
     # what is dense now shares the fate of the others on average
     usual = float(np.exp(np.mean(np.log(list(changes.values()))))) if changes else 1.0
-    return {
-        part.name: importance[part.name] * changes.get(number, usual)
-        for number, group in enumerate(groups)
-        for part in group.parts
-    }
+    again = {}
+    for number, group in enumerate(groups):
+        for part in group.parts:
+            for key in importance.keys() & {part.name, width_key(part.name)}:
+                again[key] = importance[key] * changes.get(number, usual)
+    return again
 
 
 def factors(parts: Sequence[Part], stored: Mapping[str, Stored]) -> dict[str, Factors]:

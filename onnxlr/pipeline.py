@@ -118,11 +118,8 @@ def compress(
             stats, why = gather(case, config, progress)
     if config.objective == "auto":
         config, why = _resolved(config, stats, why)
-    with clock.stage("decompose"):
-        parts = []
-        for weight in case.weights:
-            parts.append(_part(case, weight, stats, config))
-            progress("decompose", 1, len(case.weights))
+    with clock.stage("prepare"):
+        parts = parts_of(case, stats, config)
     plan, compressed, validation = _meet_target(case, parts, config, truth, clock, progress)
     with clock.stage("benchmark"):
         feed = next(iter(batches(case.held_out, config.batch, case.inputs)))
@@ -141,6 +138,19 @@ def compress(
         output=path, file_bytes=file_bytes, latencies=(dense, low_rank), fused=fused,
         seconds=clock.seconds,
     )  # fmt: skip
+
+
+def parts_of(case: Case, stats: Stats | None, config: Config) -> list[Part]:
+    """The weights that take part, with their moments, as `config.objective` sees them.
+
+    Raises
+    ------
+    ConfigError
+        A rank that is demanded is above the full one.
+    StatsError
+        `stats` lacks the moments that the objective needs.
+    """
+    return [_part(case, weight, stats, config) for weight in case.weights]
 
 
 def _part(case: Case, weight: Weight, stats: Stats | None, config: Config) -> Part:
