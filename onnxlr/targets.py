@@ -1,8 +1,8 @@
 """Which weights are cut, and how, so that a target is met.
 
-A budget (`keep_params`, `keep_macs`) is allocated over the whole model by `onnxlr.plan`, by what each weight's cut does
-to the model's outputs (`onnxlr.importance`). That is measured again at the plan that was found, in rounds; a round's
-plan is kept if it is better on the same samples.
+A budget (`keep_params`, `keep_macs`, `max_latency`) is allocated over the whole model by `onnxlr.plan`, by what each
+weight's cut does to the model's outputs (`onnxlr.importance`). That is measured again at the plan that was found, in
+rounds; a round's plan is kept if it is better on the same samples.
 
 A bound on the error or the task metric is met by bisection over the budget; every step runs the whole plan on held-out
 data, so the prediction only ranks the plans and never vouches for one.
@@ -14,9 +14,9 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from onnxlr.costs import costs_in
+from onnxlr.config import BUDGETS
 from onnxlr.errors import GateError
-from onnxlr.groups import BadlyConditionedError, Choice, Cut, Terms, group
+from onnxlr.groups import BadlyConditionedError, Choice, Cut, Terms
 from onnxlr.importance import factors, measure_again, measure_alone
 from onnxlr.plan import BudgetTooSmall, allocate
 
@@ -24,12 +24,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from onnxlr.config import Config
-    from onnxlr.costs import Unit
+    from onnxlr.costs import Costs
     from onnxlr.factorize import Factors
     from onnxlr.forms import Stored
     from onnxlr.groups import Group, Part
     from onnxlr.plan import Option
-    from onnxlr.sites import Inventory
     from onnxlr.trial import Observed, Trial
 
 SEARCH_STEPS = 10
@@ -67,19 +66,15 @@ class Planner:
 
     Parameters
     ----------
-    inventory
-        The model; what it holds besides the groups belongs to every budget.
     groups
-        What may be cut.
+        What may be cut; what the model holds besides belongs to every budget.
     terms
-        On what terms.
-    unit
-        Of the budgets.
+        On what terms, and in which unit.
     """
 
-    def __init__(self, inventory: Inventory, groups: Sequence[Group], terms: Terms, unit: Unit) -> None:
-        self._unit, self._terms = unit, terms
-        self.whole = costs_in(unit, inventory).whole
+    def __init__(self, groups: Sequence[Group], terms: Terms) -> None:
+        self._terms = terms
+        self.whole = terms.costs.whole
         self._offers = {str(number): offering.options(terms) for number, offering in enumerate(groups)}
         self._dense = {
             str(number): sum(terms.costs.dense(part.weight) for part in offering.parts)
@@ -95,14 +90,15 @@ class Planner:
         GateError
             There is none; the least share that can be met is said.
         """
+        flag = self._terms.costs.flag
         if not self.whole:
-            raise GateError(f"--keep-{self._unit} cannot be met: the model has no {self._unit} that could be counted")
+            raise GateError(f"{flag} cannot be met: the model has no MACs that could be counted")
         try:
             chosen = self._allocate(budget * ROUNDING - self._rest)
         except BudgetTooSmall as refusal:
             least = math.ceil((refusal.minimum + self._rest) / ROUNDING / self.whole * 1000) / 1000
             raise GateError(
-                f"--keep-{self._unit} {budget / self.whole:g} cannot be reached: what stays dense and the least ranks "
+                f"{flag} {budget / self.whole:g} cannot be reached: what stays dense and the least ranks "
                 f"of the rest keep {least:g} of the model; ask for at least that, or offer lower ranks with "
                 "--rank-multiple"
             ) from None
@@ -165,14 +161,16 @@ class Chooser:
 
     Parameters
     ----------
-    inventory, parts
-        The model, and its weights that take part.
+    groups
+        The weights that take part.
     trial
         The same weights with free ranks.
     probed
         Calibration samples, on which the importance of every weight is measured.
     held_out
         Held-out samples, on which a search is judged; with labels for the target min_metric_kept.
+    costs
+        In the unit of the target, or of what a search makes small.
     config
         The target, and all that decides what is offered.
     progress
@@ -181,21 +179,20 @@ class Chooser:
 
     def __init__(
         self,
-        inventory: Inventory,
-        parts: Sequence[Part],
+        groups: Sequence[Group],
         trial: Trial,
         probed: Observed,
         held_out: Observed,
+        costs: Costs,
         config: Config,
         progress: Callable[[str, int, int | None], None],
     ) -> None:
-        self._inventory, self._parts, self._trial = inventory, {part.name: part for part in parts}, trial
+        self._groups, self._trial, self._costs = groups, trial, costs
+        self._parts = {part.name: part for members in groups for part in members.parts}
         self._probed, self._held_out, self._config, self._progress = probed, held_out, config, progress
-        self._unit: Unit = "macs" if config.target.kind == "keep_macs" else "params"
-        self._groups = group(parts, inventory, config)
         self._no_blocks: frozenset[str] = frozenset()
         self._importance = measure_alone(
-            self._groups, trial, probed, config, lambda done: progress("importance", done, len(parts))
+            self._groups, trial, probed, config, lambda done: progress("importance", done, len(self._parts))
         )
 
     def plan(self, limit: float) -> Plan:
@@ -225,8 +222,7 @@ class Chooser:
                 best = self._search(self._planner(), limit)
 
     def _planner(self) -> Planner:
-        terms = Terms(self._config, costs_in(self._unit, self._inventory), self._importance, self._no_blocks)
-        return Planner(self._inventory, self._groups, terms, self._unit)
+        return Planner(self._groups, Terms(self._config, self._costs, self._importance, self._no_blocks))
 
     def _finished(self, choice: Choice) -> Plan:
         energy = {}
@@ -240,14 +236,14 @@ class Chooser:
 
     def _better(self, found: Choice, best: Choice) -> bool:
         """Whether a choice for the same target errs less or, where the error is the target, costs less."""
-        if not self._config.target.kind.startswith("keep"):
+        if self._config.target.kind not in BUDGETS:
             return found.cost < best.cost
         new, old = (self._trial.error(self._factors(choice), self._probed) for choice in (found, best))
         return new < old
 
     def _search(self, planner: Planner, limit: float) -> Choice:
         kind = self._config.target.kind
-        if kind in ("keep_params", "keep_macs"):
+        if kind in BUDGETS:
             return planner.fits(limit * planner.whole)
         if kind == "max_error":
             return self._smallest(planner, self._trial.error, lambda error: error <= limit)

@@ -24,7 +24,7 @@ from minilm import sentence_embeddings
 
 import onnxlr
 from onnxlr.case import gather, prepare
-from onnxlr.costs import costs_in
+from onnxlr.costs import Parameters
 from onnxlr.data import batches, open_data, spread
 from onnxlr.groups import Choice, Terms, group
 from onnxlr.importance import measure_again, measure_alone
@@ -105,8 +105,7 @@ class Objective:
         importance: Any = self.alone
         budget = bench.rest + share * bench.linear
         for number in range(rounds + 1):
-            terms = Terms(config, costs_in("params", bench.case.inventory), importance)
-            choice = Planner(bench.case.inventory, groups, terms, "params").fits(budget)
+            choice = Planner(groups, Terms(config, Parameters(bench.case.inventory), importance)).fits(budget)
             if number < rounds:
                 importance = measure_again(choice, groups, importance, self.trial, self.probed, lambda _: None)
         return choice
