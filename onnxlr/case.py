@@ -100,17 +100,17 @@ def _taking_part(inventory: Inventory, config: Config) -> tuple[list[Weight], di
     return taking_part, held_back
 
 
-def gather(case: Case, config: Config, progress: Progress) -> tuple[Stats, str]:
+def gather(case: Case, config: Config, progress: Progress, labels: NDArray[Any] | None = None) -> tuple[Stats, str]:
     """The moments that `config.objective` needs, over the calibration part of the data.
 
-    For the objective "auto" those of "fisher", or of "output" where there can be no gradients; the second value says
-    why, and is empty otherwise.
+    `labels`, one a sample of the whole data, are for `config.loss`. For the objective "auto" the moments are those of
+    "fisher", or of "output" where there can be no gradients; the second value says why, and is empty otherwise.
     """
     gradients: Mapping[str, Moments] = {}
     why = ""
     if config.objective in ("fisher", "auto"):
         try:
-            gradients = _gradients(case, config, progress)
+            gradients = _gradients(case, config, progress, labels)
         except (InstallError, ModelError, DataError) as error:
             if config.objective == "fisher":
                 raise
@@ -126,7 +126,7 @@ def gather(case: Case, config: Config, progress: Progress) -> tuple[Stats, str]:
     return replace(stats, moments={**stats.moments, **gradients}), why
 
 
-def _gradients(case: Case, config: Config, progress: Progress) -> Mapping[str, Moments]:
+def _gradients(case: Case, config: Config, progress: Progress, labels: NDArray[Any] | None) -> Mapping[str, Moments]:
     from onnxlr.fisher import gradient_moments  # torch is not there for every user, and missed before the work
 
     return gradient_moments(
@@ -135,6 +135,7 @@ def _gradients(case: Case, config: Config, progress: Progress) -> Mapping[str, M
         case.calibration,
         case.inputs,
         config,
+        labels=None if labels is None else labels[[index for index, _ in case.calibration.read()]],
         progress=lambda done: progress("gradients", done, None),
     )
 

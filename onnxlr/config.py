@@ -88,6 +88,9 @@ class Config:
         One sample of so many is held out for validation and never calibrated on.
     mask
         Name of the input that is nonzero where a token is real, for padded batches.
+    loss
+        "cross-entropy" or "module:function" of (outputs, labels): what gradients are of, where labels are given; those
+        of the outputs themselves when None.
     metric
         "top1" or "module:function", the task metric where labels are given.
     provider, threads
@@ -107,6 +110,7 @@ class Config:
     batch: int = 8
     holdout_every: int = 8
     mask: str | None = None
+    loss: str | None = None
     metric: str = "top1"
     provider: str = "cpu"
     threads: int = 0

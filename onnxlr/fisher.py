@@ -5,6 +5,9 @@ probe `u` of independent standard normal entries, `g = J^T u` has `E[g^T g] = J^
 gradients of `<u, o>` at the site weigh `e` as the network does: `E ||J e||^2 = e G e^T` (the Gauss-Newton matrix of
 the squared error of the outputs). Every output is scaled to a root mean square of 1, so that relative errors count.
 An output that is a softmax or sigmoid is probed before it: probabilities near 0 and 1 have no gradient left.
+
+Where there are labels and a loss, the gradients can be those of the loss instead (the empirical Fisher matrix): errors
+then count where they change the loss, and not where the network is wrong or indifferent already.
 """
 
 from __future__ import annotations
@@ -15,16 +18,17 @@ from typing import TYPE_CHECKING, Any
 from onnxlr.torch_graph import check_parity, to_array, to_tensor, to_torch
 
 # isort: split
+import numpy as np
 import torch
 
 from onnxlr.calibrate import gradient_key, mask_of, rows_of
 from onnxlr.data import batches, sample_count
 from onnxlr.errors import DataError, ModelError
 from onnxlr.gram import Moments
-from onnxlr.metrics import token_rows
+from onnxlr.metrics import load_function, token_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -43,9 +47,12 @@ def gradient_moments(
     inputs: Sequence[TensorSpec],
     config: Config,
     *,
+    labels: NDArray[Any] | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Moments]:
     """Gradient moments [d_out, d_out] at every site of `inventory`, by `gradient_key`.
+
+    With `config.loss` they are those of the loss on `labels`, one a sample.
 
     Whole-model parity of the gradient graph with onnxruntime is checked on the first batch. A site that no gradient
     reaches is left out. The GPU is used when torch has one.
@@ -65,17 +72,26 @@ def gradient_moments(
     probed = _probed_outputs(model, graph.outputs)
     generator = torch.Generator().manual_seed(0)
     sums: dict[str, Moments] = {}
-    for number, feed in enumerate(batches(samples, config.batch, inputs)):
-        if number == 0:
+    loss = None if config.loss is None else load_function("loss", config.loss, {"cross-entropy": cross_entropy})
+    first = 0
+    for feed in batches(samples, config.batch, inputs):
+        if first == 0:
             check_parity(graph, model, [feed])
         mask = mask_of(feed, config.mask)
         tensors = graph(
-            {name: to_tensor(array, device) for name, array in feed.items()}, outputs=[*probed, *sites], track=sites
+            {name: to_tensor(array, device) for name, array in feed.items()},
+            outputs=[*probed.values(), *sites],
+            track=sites,
         )
-        floating = [tensors[name] for name in probed if tensors[name].is_floating_point()]
+        floating = [tensors[name] for name in dict.fromkeys(probed.values()) if tensors[name].is_floating_point()]
         if not floating:
             raise ModelError("no output of the model is floating, so nothing has a gradient: use --objective output")
-        total = sum(_probe(output, mask, generator) for output in floating)
+        if loss is None:
+            total = sum(_probe(output, mask, generator) for output in floating)
+        else:
+            assert labels is not None
+            own = torch.from_numpy(np.asarray(labels[first : first + sample_count(feed, inputs)])).to(device)
+            total = loss({name: tensors[tensor] for name, tensor in probed.items()}, own)
         reached = [name for name in sites if tensors[name].requires_grad]
         gradients = torch.autograd.grad(total, [tensors[name] for name in reached], allow_unused=True)
         for name, gradient in zip(reached, gradients, strict=True):
@@ -87,7 +103,14 @@ def gradient_moments(
             key = gradient_key(name)
             sums[key] = sums[key] + moments if key in sums else moments
         progress(sample_count(feed, inputs))
+        first += sample_count(feed, inputs)
     return sums
+
+
+def cross_entropy(outputs: Mapping[str, Any], labels: Any) -> Any:
+    """The sum over samples of the cross-entropy of the first output's scores [..., classes] and class indices [...]."""
+    scores = next(iter(outputs.values()))
+    return torch.nn.functional.cross_entropy(scores.reshape(-1, scores.shape[-1]), labels.reshape(-1), reduction="sum")
 
 
 def _probe(output: Any, mask: NDArray[Any] | None, generator: Any) -> Any:
@@ -100,10 +123,10 @@ def _probe(output: Any, mask: NDArray[Any] | None, generator: Any) -> Any:
     return (output * probe).sum() / scale
 
 
-def _probed_outputs(model: Model, outputs: Sequence[str]) -> list[str]:
+def _probed_outputs(model: Model, outputs: Sequence[str]) -> dict[str, str]:
+    """By output: the tensor that stands for it."""
     makers = {name: node for node in model.proto.graph.node for name in node.output}
-    probed = []
-    for name in outputs:
-        saturating = name in makers and makers[name].op_type in SATURATING
-        probed.append(makers[name].input[0] if saturating else name)
-    return list(dict.fromkeys(probed))
+    return {
+        name: makers[name].input[0] if name in makers and makers[name].op_type in SATURATING else name
+        for name in outputs
+    }

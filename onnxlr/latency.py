@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
+from onnxlr.bench import clock_of
 from onnxlr.errors import ConfigError
 from onnxlr.model_io import from_proto
 from onnxlr.session import PROVIDERS, Session
@@ -95,9 +96,8 @@ class Timings:
         if dtype not in DTYPES:
             raise ConfigError(f"dtype {dtype!r}: products are timed in {', '.join(DTYPES)}")
         self._provider, self._threads, self._dtype = provider, threads, dtype
-        on_cpu = PROVIDERS.get(provider.lower(), provider) == PROVIDERS["cpu"]
-        self._columns = KERNEL_COLUMNS if on_cpu else 1
-        self._clock = _thread_clock() if on_cpu and threads == 1 else time.perf_counter
+        self._columns = KERNEL_COLUMNS if PROVIDERS.get(provider.lower(), provider) == PROVIDERS["cpu"] else 1
+        self._clock = clock_of(provider, threads)
         self._pace: float | None = None  # microseconds of the reference when the first times were taken
         self._products: dict[int, Table] = {}
         self._moves: dict[int, Table] = {}
@@ -335,9 +335,3 @@ def _insert(table: Table, sizes: Sizes, microseconds: float) -> None:
 def _require_sizes(*sizes: int) -> None:
     if min(sizes) < 1:
         raise ConfigError(f"sizes {', '.join(map(str, sizes))}: there is nothing to time unless each is at least 1")
-
-
-def _thread_clock() -> Callable[[], float]:
-    """The processor time of this thread, where the system counts it finely enough."""
-    fine = time.get_clock_info("thread_time").resolution <= 1e-6
-    return time.thread_time if fine else time.perf_counter

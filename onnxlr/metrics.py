@@ -260,31 +260,52 @@ def top1(outputs: Mapping[str, Array], labels: Array) -> float:
 
 
 def load_metric(spec: str) -> Metric:
-    """The metric of that name: "top1", or "module:function", imported with the current folder on the path.
+    """The metric of that name: "top1", or "module:function".
+
+    Raises
+    ------
+    ConfigError
+        As of `load_function`.
+    """
+    metric: Metric = load_function("metric", spec, {"top1": top1})
+    return metric
+
+
+def load_function(kind: str, spec: str, known: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+    """One of the `known` functions, or "module:function", imported with the current folder on the path.
+
+    Parameters
+    ----------
+    kind
+        What it is, for messages.
+    spec
+        Its name.
+    known
+        What has a name of its own.
 
     Raises
     ------
     ConfigError
         The spec is neither, or names nothing that can be called.
     """
-    if spec == "top1":
-        return top1
+    if spec in known:
+        return known[spec]
     module_name, separator, function_name = spec.partition(":")
     if not (module_name and separator and function_name):
-        raise ConfigError(f"unknown metric {spec!r}: give 'top1' or 'module:function'")
+        raise ConfigError(f"unknown {kind} {spec!r}: give {', '.join(map(repr, known))} or 'module:function'")
     folder = str(Path.cwd())
     sys.path.insert(0, folder)
     try:
         module = importlib.import_module(module_name)
         function = operator.attrgetter(function_name)(module)
     except AttributeError:
-        raise ConfigError(f"metric {spec!r}: the module {module_name} has no {function_name!r}") from None
+        raise ConfigError(f"{kind} {spec!r}: the module {module_name} has no {function_name!r}") from None
     except Exception as error:  # whatever the user's module raises while it is imported
-        raise ConfigError(f"metric {spec!r}: {module_name} cannot be imported: {_one_line(error)}") from error
+        raise ConfigError(f"{kind} {spec!r}: {module_name} cannot be imported: {_one_line(error)}") from error
     finally:
         sys.path.remove(folder)
     if not callable(function):
-        raise ConfigError(f"metric {spec!r}: {function_name} is a {type(function).__name__}, expected a function")
+        raise ConfigError(f"{kind} {spec!r}: {function_name} is a {type(function).__name__}, expected a function")
     return function  # type: ignore[no-any-return]
 
 

@@ -217,6 +217,7 @@ def merge(stats: Sequence[Path], output: Path, force: bool, as_json: bool, quiet
               help="Target: the relative error of the outputs on held-out data.  [default: 0.05]")  # fmt: skip
 @click.option("--min-metric-kept", type=SHARE, help="Target: the share of the task metric to keep, with --labels.")
 @click.option("--labels", type=FILE, help="Labels, one a sample of --calib: .npy, .npz, .txt or .csv.")
+@click.option("--loss", help="Gradients of a loss on --labels: cross-entropy, or module:function.")
 @click.option("--metric", default="top1", help="Task metric: top1, or module:function.")
 @click.option(
     "--rank", "ranks", multiple=True, metavar="PATTERN=R", help="Give matching weights this rank; repeatable."
