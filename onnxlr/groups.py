@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 BLOCK_GAIN = 0.06
 """The share of a pair's parameters that a block has to save to be offered: its Concat or Split costs time."""
-NARROWED = (0.75, 0.5)
+NARROWED = (0.75, 0.5, 0.25)
 """The shares of a chain's hidden units at which the narrowed weights are offered as pairs and blocks as well."""
 LEAST_SCALE = 1e-6
 """The least importance of a weight in a shared first factor, relative to the largest: it cannot be 0."""

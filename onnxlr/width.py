@@ -62,25 +62,39 @@ class Elimination:
 
     def _eliminate(self, value: Matrix, step: int) -> Index:
         """The units, first to go first; fills the damages by number of units kept."""
-        inverse = scipy.linalg.inv(self._covariance, check_finite=False)
-        left = np.arange(len(value))
+        inverse = np.asfortranarray(scipy.linalg.inv(self._covariance, check_finite=False))
+        value = value.copy()
+        units = np.arange(len(value))
         gone: list[Index] = []
-        damage = 0.0
-        while len(left) > step:
-            scores = np.einsum("id,id->i", value, value) / np.diag(inverse)
-            count = len(left) % step or step
-            pool = np.argsort(scores, kind="stable")[: POOL * count]
-            going = pool[_cheapest(inverse[np.ix_(pool, pool)], value[pool], count)]
+        damage, count = 0.0, len(value)
+        while count > step:
+            # rows and columns of units that are gone are zero: they are cleared away when they are half of all
+            alive = np.flatnonzero(units >= 0)
+            if 2 * count <= len(units):
+                inverse, value, units = np.asfortranarray(inverse[np.ix_(alive, alive)]), value[alive], units[alive]
+                alive = np.arange(count)
+            scores = np.einsum("id,id->i", value[alive], value[alive]) / np.diag(inverse)[alive]
+            size = count % step or step
+            pool = alive[np.argsort(scores, kind="stable")[: POOL * size]]
+            going = pool[_cheapest(inverse[np.ix_(pool, pool)], value[pool], size)]
             block = scipy.linalg.cho_factor(inverse[np.ix_(going, going)], check_finite=False)
-            damage += float(np.sum(value[going] * scipy.linalg.cho_solve(block, value[going], check_finite=False)))
-            rest = np.delete(np.arange(len(left)), going)
-            across = inverse[np.ix_(rest, going)]
-            value = value[rest] - across @ scipy.linalg.cho_solve(block, value[going], check_finite=False)
-            inverse = inverse[np.ix_(rest, rest)] - across @ scipy.linalg.cho_solve(block, across.T, check_finite=False)
-            gone.append(left[going])
-            left = left[rest]
-            self._damages[len(left)] = damage
-        return np.concatenate([*gone, left])
+            lost = scipy.linalg.cho_solve(block, value[going], check_finite=False)
+            damage += float(np.sum(value[going] * lost))
+            across = inverse[:, going]
+            value -= across @ lost
+            inverse = scipy.linalg.blas.dgemm(
+                -1.0,
+                across,
+                scipy.linalg.cho_solve(block, across.T, check_finite=False),
+                1.0,
+                inverse,
+                overwrite_c=True,
+            )
+            gone.append(units[going])
+            units[going] = -1
+            count -= size
+            self._damages[count] = damage
+        return np.concatenate([*gone, units[units >= 0]])
 
     @property
     def widths(self) -> list[int]:

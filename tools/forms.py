@@ -95,13 +95,14 @@ class Objective:
         self.trial = Trial(case.inventory, case.weights, case.inputs, self.config, corrected=self.config.corrects_bias)
         self.probed = self.trial.observe(spread(case.calibration, IMPORTANCE_SAMPLES))
         every = group(self.parts, case.inventory, self.config)
+        self.groups = {forms: every}
         self.alone = measure_alone(every, self.trial, self.probed, self.config, lambda _: None)
 
     def plan(self, share: float, allocation: Any, forms: Any, rounds: int) -> Choice:
         """The choice for a share of the linear layers' parameters."""
         bench = self.bench
         config = dataclasses.replace(self.config, allocation=allocation, forms=forms)
-        groups = group(self.parts, bench.case.inventory, config)
+        groups = self.groups.setdefault(forms, group(self.parts, bench.case.inventory, config))
         importance: Any = self.alone
         budget = bench.rest + share * bench.linear
         for number in range(rounds + 1):
