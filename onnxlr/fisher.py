@@ -77,7 +77,8 @@ def gradient_moments(
             raise ModelError("no output of the model is floating, so nothing has a gradient: use --objective output")
         total = sum(_probe(output, mask, generator) for output in floating)
         reached = [name for name in sites if tensors[name].requires_grad]
-        gradients = torch.autograd.grad(total, [tensors[name] for name in reached], allow_unused=True)
+        made = [tensors[name] for name in reached]
+        gradients = torch.autograd.grad(total, made, allow_unused=True) if made else ()
         for name, gradient in zip(reached, gradients, strict=True):
             if gradient is None:
                 continue

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 SEARCH_STEPS = 10
 """Plans tried in a search: the smallest model is found to within 0.2% of the range of budgets."""
+SHARE_STEPS = 20
+"""Halvings of the range in which the one share of the allocation "uniform" is searched."""
 ROUNDING = 1 + 1e-13
 """On every budget: 0.29 of 100 parameters is 28.999999999999996, and 29 must fit."""
 MOST_CORRECTED = 8.0
@@ -120,9 +122,31 @@ class Planner:
     def _allocate(self, budget: float) -> list[Option[Choice]]:
         if self._terms.config.allocation == "global":
             return list(allocate(self._offers, budget).values())
-        # the same share for every group
-        share = budget / max(sum(self._dense.values()), 1.0)
-        return [allocate({name: offer}, share * self._dense[name])[name] for name, offer in self._offers.items()]
+        return self._at_one_share(budget)
+
+    def _at_one_share(self, budget: float) -> list[Option[Choice]]:
+        """Every group within the same share of its own dense cost, or at its least where that is more."""
+        least = {name: min(option.cost for option in offer) for name, offer in self._offers.items()}
+        if sum(least.values()) > budget:
+            raise BudgetTooSmall(sum(least.values()))
+
+        def at(share: float) -> list[Option[Choice]]:
+            limits = {name: max(share * self._dense[name] * ROUNDING, cost) for name, cost in least.items()}
+            return [allocate({name: offer}, limits[name])[name] for name, offer in self._offers.items()]
+
+        low, high = 0.0, 1.0
+        best = at(high)
+        if sum(option.cost for option in best) <= budget:
+            return best
+        best = at(low)
+        for _ in range(SHARE_STEPS):
+            share = (low + high) / 2
+            found = at(share)
+            if sum(option.cost for option in found) <= budget:
+                best, low = found, share
+            else:
+                high = share
+        return best
 
     @property
     def least(self) -> float:
