@@ -14,12 +14,14 @@ if TYPE_CHECKING:
 Objective = Literal["auto", "weight", "utilized", "output", "fisher"]
 Form = Literal["pair", "block", "shared", "width"]
 Allocation = Literal["global", "uniform"]
-TargetKind = Literal["energy", "keep_params", "keep_macs", "max_error", "min_metric_kept"]
+TargetKind = Literal["energy", "keep_params", "keep_macs", "max_latency", "max_error", "min_metric_kept"]
 
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 FORMS: tuple[Form, ...] = get_args(Form)
 ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
 TARGETS: tuple[TargetKind, ...] = get_args(TargetKind)
+BUDGETS: frozenset[TargetKind] = frozenset({"keep_params", "keep_macs", "max_latency"})
+"""Targets that are a share of what the dense model costs, and allocated; others hold for each weight or are sought."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,9 @@ class Target:
         Per weight: the least rank that keeps this share of the energy, in the sense of the objective.
     keep_params, keep_macs
         The share of the whole model's parameters, or multiply-accumulates, to keep; met exactly, from below.
+    max_latency
+        The share of the dense model's time for one run of `Config.batch` samples; allocated by times of matrix products
+        on this machine, then measured on the model in turn with the dense one.
     max_error
         The relative error of the model's outputs on held-out data; the smallest model within it is searched.
     min_metric_kept

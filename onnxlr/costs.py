@@ -1,24 +1,29 @@
 """What a form of a weight costs, in the unit of a budget.
 
 Every form is a list of matrix products `[rows, d] x [d, e]`, so one rule prices them all: parameters are the elements
-of the matrices, multiply-accumulates those times the rows of one sample.
+of the matrices, multiply-accumulates those times the rows of one sample, and latency the sum of their times.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from onnxlr.rewrite import copies, new_biases
 
 if TYPE_CHECKING:
     from onnxlr.forms import Products
+    from onnxlr.latency import Timings
     from onnxlr.sites import Inventory, Weight
 
-    Unit = Literal["params", "macs"]
+SIZES = 64
+"""Steps of the sizes that are timed beforehand; what lies between is interpolated, or timed when it is asked for."""
 
 
 class Costs(Protocol):
     """Prices in one unit."""
+
+    flag: str
+    """The target that is a share of it."""
 
     @property
     def whole(self) -> float:
@@ -33,6 +38,8 @@ class Costs(Protocol):
 
 class Parameters:
     """Elements stored."""
+
+    flag = "--keep-params"
 
     def __init__(self, inventory: Inventory) -> None:
         self._inventory = inventory
@@ -49,6 +56,8 @@ class Parameters:
 class Macs:
     """Multiply-accumulates of one sample; 0 where they are unknown."""
 
+    flag = "--keep-macs"
+
     def __init__(self, inventory: Inventory) -> None:
         self.whole = float(inventory.macs or 0)
 
@@ -60,6 +69,43 @@ class Macs:
         return rows * sum(d * e for d, e in products)
 
 
-def costs_in(unit: Unit, inventory: Inventory) -> Costs:
-    """The prices of a unit."""
-    return Parameters(inventory) if unit == "params" else Macs(inventory)
+class Latency:
+    """Microseconds of one run, from products timed on this machine (`onnxlr.latency`).
+
+    Parameters
+    ----------
+    inventory
+        The model. Weights whose rows are unknown cost nothing, in whatever form: they stay dense.
+    timings
+        Times of products.
+    batch
+        Samples in a run.
+    whole
+        Microseconds of the dense model.
+    """
+
+    flag = "--max-latency"
+
+    def __init__(self, inventory: Inventory, timings: Timings, batch: int, whole: float) -> None:
+        self._timings, self._batch, self.whole = timings, batch, whole
+        # all together: what else the machine does then meets all of them alike
+        timings.measure(
+            (rows, d, e)
+            for weight in inventory.weights
+            if (rows := self._rows(weight))
+            for d in {*range(SIZES, weight.d_in, SIZES), weight.d_in}
+            for e in {*range(SIZES, weight.d_out, SIZES), weight.d_out}
+        )
+
+    def _rows(self, weight: Weight) -> int:
+        return self._batch * (weight.macs or 0) // (weight.d_in * weight.d_out)
+
+    def dense(self, weight: Weight) -> float:
+        return self.form(weight, ((weight.d_in, weight.d_out),), moved=0, corrected=False)
+
+    def form(self, weight: Weight, products: Products, *, moved: int, corrected: bool) -> float:
+        rows = self._rows(weight)
+        if not rows:
+            return 0.0
+        time = sum(self._timings.product(rows, d, e) for d, e in products)
+        return time + (self._timings.moved(rows, moved) if moved else 0.0)

@@ -73,6 +73,11 @@ class Cut:
         )
 
 
+def width_key(consumer: str) -> str:
+    """Under which the importance of dropping hidden units is kept, those that the weight `consumer` reads."""
+    return f"{consumer}:width"
+
+
 class BadlyConditionedError(Exception):
     """Blocks of these weights would amplify rounding too much."""
 
@@ -201,10 +206,10 @@ class Terms:
     importance: Mapping[str, float]
     no_blocks: frozenset[str] = frozenset()
 
-    def damage(self, part: Part, damage: float) -> float:
-        """A damage of `part` in squared relative error."""
+    def damage(self, key: str, damage: float) -> float:
+        """The damage of a weight, or of what `width_key` stands for, in squared relative error."""
         # whatever its importance: an infinite one has no product with 0
-        return self.importance.get(part.name, 0.0) * damage if damage else 0.0
+        return self.importance.get(key, 0.0) * damage if damage else 0.0
 
     def price(self, part: Part, products: Products, *, moved: int = 0, corrected: bool | None = None) -> float:
         """The cost of `part` stored as `products`."""
@@ -260,7 +265,7 @@ class Single:
     def _pair(self, rank: int, terms: Terms) -> Option[Choice]:
         part = self.part
         cost = terms.price(part, pair_products(part.layer.d_in, part.layer.d_out, rank))
-        damage = terms.damage(part, part.decomposition.damage(rank))
+        damage = terms.damage(part.name, part.decomposition.damage(rank))
         cut = Cut("pair", rank, part.width)
         return Option(
             Choice({part.name: cut}, {part.name: damage}, lambda _: {part.name: part.pair(rank)}), cost, damage
@@ -272,7 +277,7 @@ class Single:
         if "block" not in terms.config.forms or side is None or part.name in terms.no_blocks:
             return
         for rank in block_ranks(d_in, d_out, terms.config):
-            damage = terms.damage(part, part.decomposition.damage(rank))
+            damage = terms.damage(part.name, part.decomposition.damage(rank))
             cut = Cut("block", rank, part.width)
             choice = Choice({part.name: cut}, {part.name: damage}, self._storing(rank, side))
             products, moved = block_products(d_in, d_out, rank, side), d_in if side == "input" else d_out
@@ -360,23 +365,24 @@ class Chained:
     """Weights that make hidden units, and the one that reads them."""
 
     def __init__(self, producers: Sequence[Part], consumer: Part, config: Config) -> None:
-        self._producers, self._consumer, self._config = tuple(producers), consumer, config
+        self._producers, self.consumer, self._config = tuple(producers), consumer, config
         self.parts = (*self._producers, consumer)
 
     @cached_property
-    def _elimination(self) -> Elimination:
-        layer = self._consumer.layer
+    def elimination(self) -> Elimination:
+        """The order in which hidden units go."""
+        layer = self.consumer.layer
         root = None if layer.gain is None else layer.gain.root
         return Elimination(layer.matrix, layer.moments, root, self._config.rank_multiple)
 
     @cached_property
     def _whole(self) -> tuple[Group, Group]:
-        return self._groups(self._producers, self._consumer)
+        return self._groups(self._producers, self.consumer)
 
     @cached_property
     def _narrowed(self) -> dict[int, tuple[Group, Group]]:
-        full = self._consumer.layer.d_in
-        widths = self._elimination.widths
+        full = self.consumer.layer.d_in
+        widths = self.elimination.widths
         wanted = {min(widths, key=lambda width: abs(width - share * full)) for share in NARROWED} if widths else set()
         return {width: self._narrow(width) for width in wanted}
 
@@ -386,46 +392,46 @@ class Chained:
         return first, Single(consumer)
 
     def _narrow(self, width: int) -> tuple[Group, Group]:
-        kept = self._elimination.kept(width)
-        matrix, bias = self._elimination.weight(kept)
+        kept = self.elimination.kept(width)
+        matrix, bias = self.elimination.weight(kept)
         producers = [
             replace(part, layer=part.layer.narrowed_outputs(kept), narrowing=Narrowing(width, outputs=kept))
             for part in self._producers
         ]
         consumer = replace(
-            self._consumer,
-            layer=self._consumer.layer.narrowed_inputs(kept, matrix),
+            self.consumer,
+            layer=self.consumer.layer.narrowed_inputs(kept, matrix),
             narrowing=Narrowing(width, inputs=kept, bias=bias if self._config.corrects_bias else None),
         )
         return self._groups(producers, consumer)
 
     def options(self, terms: Terms) -> list[Option[Choice]]:
-        found = [_chosen(option, 0.0, self._consumer.name) for option in _joined_options(self._whole, terms)]
-        for width in self._elimination.widths:
-            lost = terms.damage(self._consumer, self._elimination.damage(width))
+        found = [_chosen(option, 0.0, self.consumer.name) for option in _joined_options(self._whole, terms)]
+        for width in self.elimination.widths:
+            lost = terms.damage(width_key(self.consumer.name), self.elimination.damage(width))
             if width in self._narrowed:
                 offers = _joined_options(self._narrowed[width], terms)
-                found += [_chosen(option, lost, self._consumer.name) for option in offers]
+                found += [_chosen(option, lost, self.consumer.name) for option in offers]
             else:
                 found.append(self._dense_option(width, lost, terms))
         return found
 
     def _dense_option(self, width: int, lost: float, terms: Terms) -> Option[Choice]:
         cost = terms.price(
-            self._consumer, ((width, self._consumer.layer.d_out),), corrected=self._config.corrects_bias
+            self.consumer, ((width, self.consumer.layer.d_out),), corrected=self._config.corrects_bias
         ) + sum(terms.price(part, ((part.layer.d_in, width),), corrected=False) for part in self._producers)
 
         def store(final: bool) -> dict[str, Stored]:
-            return {
-                name: stored
-                for group in self._narrow(width)
-                for part in group.parts
-                for name, stored in part.dense().items()
-            }
+            return self.store_narrowed(width)
 
         cuts = {part.name: Cut(width=width) for part in self.parts}
-        damages = {part.name: lost if part is self._consumer else 0.0 for part in self.parts}
+        damages = {part.name: lost if part is self.consumer else 0.0 for part in self.parts}
         return Option(Choice(cuts, damages, store), cost, lost)
+
+    def store_narrowed(self, width: int) -> dict[str, Stored]:
+        """All its weights, dense but for the hidden units that are gone."""
+        parts = [part for members in self._narrow(width) for part in members.parts]
+        return {name: stored for part in parts for name, stored in part.dense().items()}
 
 
 class Several:

@@ -14,16 +14,19 @@ from typing import TYPE_CHECKING
 from onnxlr.bench import compare_latency
 from onnxlr.calibrate import weight_gradients, weight_moments
 from onnxlr.case import gather, load_truth, prepare, quiet, require_held_out, require_same_division, require_same_model
-from onnxlr.config import Config
-from onnxlr.data import ImageOptions, batches, fixed_batch, spread
-from onnxlr.errors import ConfigError, GateError, ModelError
+from onnxlr.config import BUDGETS, Config
+from onnxlr.costs import Latency, Macs, Parameters
+from onnxlr.data import ImageOptions, batches, fixed_batch, sample_count, spread
+from onnxlr.errors import ConfigError, GateError, ModelError, OutputError
 from onnxlr.factorize import Gain
 from onnxlr.files import require_writable
-from onnxlr.groups import Part
+from onnxlr.groups import Part, group
+from onnxlr.latency import Timings
 from onnxlr.layer import Layer
 from onnxlr.metrics import load_metric
 from onnxlr.model_io import check, load, save
 from onnxlr.rewrite import rewrite
+from onnxlr.session import fused_operators
 from onnxlr.summary import summarize
 from onnxlr.targets import Chooser, by_energy
 from onnxlr.trial import Trial
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from onnxlr.case import Case, ModelLike, Progress
+    from onnxlr.costs import Costs
+    from onnxlr.data import Feed
     from onnxlr.gram import Stats
     from onnxlr.model_io import Model
     from onnxlr.report import Report
@@ -117,17 +122,15 @@ def compress(
             stats, why = gather(case, config, progress)
     if config.objective == "auto":
         config, why = _resolved(config, stats, why)
-    with clock.stage("decompose"):
-        parts = []
-        for weight in case.weights:
-            parts.append(_part(case, weight, stats, config))
-            progress("decompose", 1, len(case.weights))
+    with clock.stage("prepare"):
+        parts = parts_of(case, stats, config)
     plan, compressed, validation = _meet_target(case, parts, config, truth, clock, progress)
     with clock.stage("benchmark"):
-        feed = next(iter(batches(case.held_out, config.batch, case.inputs)))
+        feed = _bench_feed(case, config)
         dense, low_rank = compare_latency(
             [case.model, compressed], feed, provider=config.provider, threads=config.threads
         )
+        fused = (_fused(case.model, config), _fused(compressed, config))
     file_bytes = len(compressed.serialize()) if path is None else 0
     if path is not None:
         with clock.stage("save"):
@@ -136,8 +139,22 @@ def compress(
             file_bytes = load(path).nbytes
     return summarize(
         case, parts, plan, config, why, stats, validation, compressed,
-        output=path, file_bytes=file_bytes, latencies=(dense, low_rank), seconds=clock.seconds,
+        output=path, file_bytes=file_bytes, latencies=(dense, low_rank), fused=fused,
+        seconds=clock.seconds,
     )  # fmt: skip
+
+
+def parts_of(case: Case, stats: Stats | None, config: Config) -> list[Part]:
+    """The weights that take part, with their moments, as `config.objective` sees them.
+
+    Raises
+    ------
+    ConfigError
+        A rank that is demanded is above the full one.
+    StatsError
+        `stats` lacks the moments that the objective needs.
+    """
+    return [_part(case, weight, stats, config) for weight in case.weights]
 
 
 def _part(case: Case, weight: Weight, stats: Stats | None, config: Config) -> Part:
@@ -183,7 +200,7 @@ def _meet_target(
     """A plan, its model, and the validation that shows the target met on all held-out samples."""
     target, chooser = config.target, None
     # nothing to cut meets every bound, but no budget below the whole
-    if target.kind != "energy" and (parts or target.kind.startswith("keep")):
+    if target.kind != "energy" and (parts or target.kind in BUDGETS):
         with clock.stage("importance"):
             chooser = _chooser(case, parts, config, labels, progress)
     limit = target.value
@@ -212,8 +229,15 @@ def _meet_target(
         elif target.kind == "min_metric_kept" and not _metric_kept(validation, target.value):
             reached = f"{validation.metric_b:.4g} of {validation.metric_a:.4g}"
             limit += (1 - limit) / 2
+        elif target.kind == "max_latency" and (ratio := _latency(case, compressed, config)) > target.value:
+            reached = f"{ratio:.3f} of the dense latency"
+            limit *= 0.98 * target.value / ratio
         else:
             return plan, compressed, validation
+    if target.kind == "max_latency":
+        raise GateError(
+            f"--{target} holds for the times of single products, but the model took {reached}: ask for less"
+        )
     raise GateError(
         f"--{target} holds on {SEARCH_SAMPLES} held-out samples but not on all {validation.samples}, where "
         f"{reached} was reached: ask for a little more and try again"
@@ -235,7 +259,38 @@ def _chooser(
     truth = None if labels is None else labels[[index for index, _ in numbered]]
     searched = config.target.kind in ("max_error", "min_metric_kept")
     held_out = trial.observe((sample for _, sample in numbered), truth) if searched else []
-    return Chooser(case.inventory, parts, trial, probed, held_out, config, progress)
+    groups = group(parts, case.inventory, config)
+    return Chooser(groups, trial, probed, held_out, _costs(case, config), config, progress)
+
+
+def _costs(case: Case, config: Config) -> Costs:
+    if config.target.kind == "keep_macs":
+        return Macs(case.inventory)
+    if config.target.kind != "max_latency":
+        return Parameters(case.inventory)
+    feed = _bench_feed(case, config)
+    (dense,) = compare_latency([case.model], feed, provider=config.provider, threads=config.threads)
+    timings = Timings(provider=config.provider, threads=config.threads)
+    return Latency(case.inventory, timings, sample_count(feed, case.inputs), 1e3 * dense.median_ms)
+
+
+def _bench_feed(case: Case, config: Config) -> Feed:
+    """What latency is measured on: it begins with the sample whose shapes the multiply-accumulates are counted for."""
+    return next(iter(batches(case.calibration, config.batch, case.inputs)))
+
+
+def _latency(case: Case, compressed: Model, config: Config) -> float:
+    """The latency of the compressed model over that of the dense one, measured in turn."""
+    feed = _bench_feed(case, config)
+    return compare_latency([case.model, compressed], feed, provider=config.provider, threads=config.threads)[1].ratio
+
+
+def _fused(model: Model, config: Config) -> dict[str, int] | None:
+    """What onnxruntime fuses; None where it cannot save that: a provider compiles the graph, a disk is full."""
+    try:
+        return fused_operators(model, provider=config.provider, threads=config.threads)
+    except (ModelError, OutputError):
+        return None
 
 
 def _passes_check(model: Model) -> bool:

@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import tempfile
+from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx
 
 from onnxlr.data import TensorSpec
-from onnxlr.errors import InstallError, ModelError
+from onnxlr.errors import InstallError, ModelError, OutputError
+from onnxlr.model_io import load
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from onnxlr.model_io import Model
 
@@ -92,6 +97,9 @@ class Session:
         Run nodes in the order that frees tensors soonest, for graphs with added probes or outputs.
     optimize
         False switches graph optimizations off: for models that run once, to learn their shapes.
+    save_optimized
+        Where onnxruntime saves what its fusions make of the graph; the weights go to a second file beside it. Layouts
+        of this machine's kernels are left out of such a session.
 
     Raises
     ------
@@ -102,7 +110,14 @@ class Session:
     """
 
     def __init__(
-        self, model: Model, *, provider: str = "cpu", threads: int = 0, streaming: bool = False, optimize: bool = True
+        self,
+        model: Model,
+        *,
+        provider: str = "cpu",
+        threads: int = 0,
+        streaming: bool = False,
+        optimize: bool = True,
+        save_optimized: Path | None = None,
     ) -> None:
         ort = import_onnxruntime()
         self.name = str(model.path or "the model")
@@ -120,6 +135,12 @@ class Session:
             options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
         if not optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if save_optimized is not None:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+            options.optimized_model_filepath = os.fspath(save_optimized)
+            prefix = "session.optimized_model_external_initializers_"
+            options.add_session_config_entry(prefix + "file_name", save_optimized.name + ".data")
+            options.add_session_config_entry(prefix + "min_size_in_bytes", "1024")
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", os.fspath(model.folder.resolve())
         )
@@ -154,6 +175,79 @@ class Session:
             shapes = ", ".join(f"{name} {list(np.shape(array))}" for name, array in list(feed.items())[:4])
             raise ModelError(f"{self.name} fails on a feed ({shapes}): {_first_line(error)}") from error
         return dict(zip(names, values, strict=True))
+
+
+def fused_operators(model: Model, *, provider: str = "cpu", threads: int = 0) -> dict[str, int]:
+    """How many operators onnxruntime's optimizer puts in the place of several, by operator type.
+
+    Counted are the operators that stand for a graph of others: onnxruntime's own (`Attention`, `BiasGelu`) and those
+    that ONNX defines as functions (`LayerNormalization`, `Gelu`), where the optimized graph has more of them than
+    `model`. The optimized graph, weights included, passes through the temporary folder.
+
+    Parameters
+    ----------
+    model
+        The model, which is left as it is; bodies of If and Loop and calls of local functions are counted too.
+    provider, threads
+        As of `Session`: other providers fuse other operators.
+
+    Returns
+    -------
+    dict of str to int
+        Operators gained, by type, in alphabetical order; types that are not more than before are left out.
+
+    Raises
+    ------
+    InstallError, ModelError
+        As `Session`. ModelError also where a provider compiles the graph, so that onnxruntime cannot save it.
+    OutputError
+        The temporary folder cannot be written.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix="onnxlr.") as folder:
+            path = Path(folder, "optimized.onnx")
+            Session(model, provider=provider, threads=threads, save_optimized=path)
+            after = _operators(load(path).proto)
+    except OSError as error:
+        raise OutputError(f"the temporary folder cannot be written: {error.strerror or error}") from error
+    before = _operators(model.proto)
+    composite = {op for domain, op in after if _stands_for_several(domain, op)}
+    # by name alone: a Gelu of ONNX that becomes onnxruntime's Gelu is not a fusion
+    gained = Counter(_by_name(after))
+    gained.subtract(_by_name(before))
+    return {op: gained[op] for op in sorted(composite) if gained[op] > 0}
+
+
+def _operators(proto: onnx.ModelProto) -> Counter[tuple[str, str]]:
+    """Operators by (domain, type), bodies included; a local function counts as its operators at every call."""
+    functions = {(function.domain, function.name): function for function in proto.functions}
+
+    def count(nodes: Iterable[onnx.NodeProto]) -> Counter[tuple[str, str]]:
+        counts: Counter[tuple[str, str]] = Counter()
+        for node in nodes:
+            function = functions.get((node.domain, node.op_type))
+            counts.update([(node.domain, node.op_type)] if function is None else count(function.node))
+            for attribute in node.attribute:
+                for body in (attribute.g, *attribute.graphs):
+                    counts.update(count(body.node))
+        return counts
+
+    return count(proto.graph.node)
+
+
+def _by_name(operators: Counter[tuple[str, str]]) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    for (_, op), number in operators.items():
+        counts[op] += number
+    return counts
+
+
+def _stands_for_several(domain: str, op: str) -> bool:
+    domain = "" if domain == "ai.onnx" else domain
+    if not onnx.defs.has(op, domain):
+        return True  # onnxruntime's own
+    schema: Any = onnx.defs.get_schema(op, domain)  # onnx's stubs lack both attributes
+    return bool(schema.has_function or schema.has_context_dependent_function)
 
 
 def _spec(argument: Any) -> TensorSpec:

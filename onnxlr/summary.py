@@ -42,9 +42,10 @@ def summarize(
     output: Path | None,
     file_bytes: int,
     latencies: tuple[Latency, Latency],
+    fused: tuple[dict[str, int] | None, dict[str, int] | None],
     seconds: dict[str, float],
 ) -> Report:
-    """The report; `latencies` are those of the dense and of the compressed model, `file_bytes` of what was written."""
+    """The report; `latencies`, `fused`: of the dense and the compressed model, `file_bytes`: of what was written."""
     weights = _weight_reports(case, parts, plan, config)
     dense, low_rank = latencies
     macs = case.inventory.macs
@@ -57,20 +58,23 @@ def summarize(
         objective_reason=why,
         samples=0 if stats is None else stats.samples,
         held_out=validation.samples,
-        before=ModelFigures(case.inventory.parameters, macs, case.model.nbytes, dense.median_ms, validation.metric_a),
+        before=ModelFigures(
+            case.inventory.parameters, macs, case.model.nbytes, dense.median_ms, validation.metric_a, fused[0]
+        ),
         after=ModelFigures(
             parameter_count(compressed),
             None if macs is None else round(macs - saved),
             file_bytes,
             low_rank.median_ms,
             validation.metric_b,
+            fused[1],
         ),
         predicted_error=None if plan.predicted is None else sum(plan.predicted.values()) ** 0.5,
         validation=validation,
         latency_ratio=low_rank.ratio,
         weights=weights,
         refusals=tuple(RefusalReport(r.name, r.op, r.reason, r.parameters, r.macs) for r in case.inventory.refusals),
-        warnings=tuple(_warnings(case, parts, weights)),
+        warnings=tuple(_warnings(case, parts, weights, counted=None not in fused)),
         seconds=seconds,
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         versions={
@@ -148,7 +152,7 @@ def _reason(part: Part, cut: Cut, config: Config) -> str:
     return f"{config.target} is best met with it dense"
 
 
-def _warnings(case: Case, parts: Sequence[Part], weights: Sequence[WeightReport]) -> Iterator[str]:
+def _warnings(case: Case, parts: Sequence[Part], weights: Sequence[WeightReport], *, counted: bool) -> Iterator[str]:
     for part in parts:
         if part.rows is not None and part.rows <= part.dim:
             yield (
@@ -164,6 +168,8 @@ def _warnings(case: Case, parts: Sequence[Part], weights: Sequence[WeightReport]
     if case.inventory.uncounted:
         listed = ", ".join(case.inventory.uncounted[:3])
         yield f"the multiply-accumulates of {len(case.inventory.uncounted)} operators are unknown ({listed})"
+    if not counted:
+        yield "fused operators were not counted: onnxruntime cannot save what it makes of the models"
     if all(weight.form == "dense" for weight in weights):
         why = "the target leaves every weight dense" if weights else "the model has no weight that can be compressed"
         yield f"nothing was compressed: {why}"

@@ -1,15 +1,8 @@
 """Which weights are cut, and how, so that a target is met.
 
-A budget (`keep_params`, `keep_macs`) is allocated over the whole model by `onnxlr.plan`. For that the damages of all
-weights must be in one unit, and a layer's own error is not: some layers' errors never reach the output, others grow.
-So each weight's importance is measured. It alone is cut to a middle rank, the rest stays dense, and the squared
-relative error `e^2` of the model's outputs is read off; its damage at any rank `r` is then predicted as
-`e^2 damage(r) / damage(middle)`. The predictions of all weights add up to that of the model's squared error, as long
-as the errors are small and independent.
-
-Where much is cut they are neither. So importances are measured again at the plan that was found, in rounds: a group of
-weights is made dense again, the rest stays cut, and the fall of the squared error is what that group's cut costs there.
-A round's plan is kept if it is better on the same samples.
+A budget (`keep_params`, `keep_macs`, `max_latency`) is allocated over the whole model by `onnxlr.plan`, by what each
+weight's cut does to the model's outputs (`onnxlr.importance`). That is measured again at the plan that was found, in
+rounds; a round's plan is kept if it is better on the same samples.
 
 A bound on the error or the task metric is met by bisection over the budget; every step runs the whole plan on held-out
 data, so the prediction only ranks the plans and never vouches for one.
@@ -21,33 +14,29 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from onnxlr.costs import costs_in
+from onnxlr.config import BUDGETS
 from onnxlr.errors import GateError
-from onnxlr.groups import BadlyConditionedError, Choice, Cut, Terms, group, ranks
+from onnxlr.groups import BadlyConditionedError, Choice, Cut, Terms
+from onnxlr.importance import factors, measure_again, measure_alone
 from onnxlr.plan import BudgetTooSmall, allocate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from onnxlr.config import Config
-    from onnxlr.costs import Unit
+    from onnxlr.costs import Costs
     from onnxlr.factorize import Factors
     from onnxlr.forms import Stored
     from onnxlr.groups import Group, Part
     from onnxlr.plan import Option
-    from onnxlr.sites import Inventory
     from onnxlr.trial import Observed, Trial
 
 SEARCH_STEPS = 10
 """Plans tried in a search: the smallest model is found to within 0.2% of the range of budgets."""
-SHARE_STEPS = 20
-"""Halvings of the range in which the one share of the allocation "uniform" is searched."""
+EVEN_STEPS = 12
+"""Bisections of the share that all groups keep alike: to within 0.025%."""
 ROUNDING = 1 + 1e-13
 """On every budget: 0.29 of 100 parameters is 28.999999999999996, and 29 must fit."""
-MOST_CORRECTED = 8.0
-"""The most by which one round changes an importance: marginal errors are differences of two noisy figures."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,19 +66,15 @@ class Planner:
 
     Parameters
     ----------
-    inventory
-        The model; what it holds besides the groups belongs to every budget.
     groups
-        What may be cut.
+        What may be cut; what the model holds besides belongs to every budget.
     terms
-        On what terms.
-    unit
-        Of the budgets.
+        On what terms, and in which unit.
     """
 
-    def __init__(self, inventory: Inventory, groups: Sequence[Group], terms: Terms, unit: Unit) -> None:
-        self._unit, self._terms = unit, terms
-        self.whole = costs_in(unit, inventory).whole
+    def __init__(self, groups: Sequence[Group], terms: Terms) -> None:
+        self._terms = terms
+        self.whole = terms.costs.whole
         self._offers = {str(number): offering.options(terms) for number, offering in enumerate(groups)}
         self._dense = {
             str(number): sum(terms.costs.dense(part.weight) for part in offering.parts)
@@ -105,14 +90,15 @@ class Planner:
         GateError
             There is none; the least share that can be met is said.
         """
+        flag = self._terms.costs.flag
         if not self.whole:
-            raise GateError(f"--keep-{self._unit} cannot be met: the model has no {self._unit} that could be counted")
+            raise GateError(f"{flag} cannot be met: the model has no MACs that could be counted")
         try:
             chosen = self._allocate(budget * ROUNDING - self._rest)
         except BudgetTooSmall as refusal:
             least = math.ceil((refusal.minimum + self._rest) / ROUNDING / self.whole * 1000) / 1000
             raise GateError(
-                f"--keep-{self._unit} {budget / self.whole:g} cannot be reached: what stays dense and the least ranks "
+                f"{flag} {budget / self.whole:g} cannot be reached: what stays dense and the least ranks "
                 f"of the rest keep {least:g} of the model; ask for at least that, or offer lower ranks with "
                 "--rank-multiple"
             ) from None
@@ -122,31 +108,28 @@ class Planner:
     def _allocate(self, budget: float) -> list[Option[Choice]]:
         if self._terms.config.allocation == "global":
             return list(allocate(self._offers, budget).values())
-        return self._at_one_share(budget)
+        return self._evenly(budget)
 
-    def _at_one_share(self, budget: float) -> list[Option[Choice]]:
-        """Every group within the same share of its own dense cost, or at its least where that is more."""
+    def _evenly(self, budget: float) -> list[Option[Choice]]:
+        """The largest share that all groups can keep alike; those that cannot go so low keep their least."""
         least = {name: min(option.cost for option in offer) for name, offer in self._offers.items()}
         if sum(least.values()) > budget:
             raise BudgetTooSmall(sum(least.values()))
 
         def at(share: float) -> list[Option[Choice]]:
-            limits = {name: max(share * self._dense[name] * ROUNDING, cost) for name, cost in least.items()}
-            return [allocate({name: offer}, limits[name])[name] for name, offer in self._offers.items()]
+            return [
+                allocate({name: offer}, max(share * self._dense[name] * ROUNDING, least[name]))[name]
+                for name, offer in self._offers.items()
+            ]
 
         low, high = 0.0, 1.0
-        best = at(high)
-        if sum(option.cost for option in best) <= budget:
-            return best
-        best = at(low)
-        for _ in range(SHARE_STEPS):
-            share = (low + high) / 2
-            found = at(share)
-            if sum(option.cost for option in found) <= budget:
-                best, low = found, share
-            else:
-                high = share
-        return best
+        whole = at(high)
+        if sum(option.cost for option in whole) <= budget:
+            return whole
+        for _ in range(EVEN_STEPS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if sum(option.cost for option in at(middle)) <= budget else (low, middle)
+        return at(low)
 
     @property
     def least(self) -> float:
@@ -181,14 +164,16 @@ class Chooser:
 
     Parameters
     ----------
-    inventory, parts
-        The model, and its weights that take part.
+    groups
+        The weights that take part.
     trial
         The same weights with free ranks.
     probed
         Calibration samples, on which the importance of every weight is measured.
     held_out
         Held-out samples, on which a search is judged; with labels for the target min_metric_kept.
+    costs
+        In the unit of the target, or of what a search makes small.
     config
         The target, and all that decides what is offered.
     progress
@@ -197,38 +182,21 @@ class Chooser:
 
     def __init__(
         self,
-        inventory: Inventory,
-        parts: Sequence[Part],
+        groups: Sequence[Group],
         trial: Trial,
         probed: Observed,
         held_out: Observed,
+        costs: Costs,
         config: Config,
         progress: Callable[[str, int, int | None], None],
     ) -> None:
-        self._inventory, self._parts, self._trial = inventory, {part.name: part for part in parts}, trial
+        self._groups, self._trial, self._costs = groups, trial, costs
+        self._parts = {part.name: part for members in groups for part in members.parts}
         self._probed, self._held_out, self._config, self._progress = probed, held_out, config, progress
-        self._unit: Unit = "macs" if config.target.kind == "keep_macs" else "params"
-        self._groups = group(parts, inventory, config)
         self._no_blocks: frozenset[str] = frozenset()
-        self._importance = {part.name: self._alone(part) for part in parts}
-
-    def _alone(self, part: Part) -> float:
-        """The squared error of the outputs for a unit of damage, measured with all other weights dense."""
-        self._progress("importance", 1, len(self._parts))
-        weight = part.weight
-        offered = ranks(self._config, min(weight.d_in, weight.d_out))
-        middle = weight.d_in * weight.d_out / (weight.d_in + weight.d_out) / 2
-        if not offered or (part.fixed is None and not self._config.forms):
-            return 0.0
-        rank = min(offered, key=lambda rank: abs(rank - middle))
-        damage = part.decomposition.damage(rank)
-        if damage <= 0:
-            return 0.0
-        return self._trial.error(self._factors({part.name: part.pair(rank)}), self._probed) ** 2 / damage
-
-    def _factors(self, stored: Mapping[str, Stored]) -> dict[str, Factors]:
-        weights = {name: self._parts[name].weight for name in stored}
-        return {name: arrays.factors(weights[name].d_in, weights[name].d_out) for name, arrays in stored.items()}
+        self._importance = measure_alone(
+            self._groups, trial, probed, config, lambda done: progress("importance", done, len(self._parts))
+        )
 
     def plan(self, limit: float) -> Plan:
         """The plan that keeps `limit` of the target's quantity, or stays within it.
@@ -241,7 +209,9 @@ class Chooser:
         best = self._search(self._planner(), limit)
         for _ in range(self._config.rounds):
             kept = self._importance
-            self._importance = self._measured_again(best)
+            self._importance = measure_again(
+                best, self._groups, kept, self._trial, self._probed, lambda done: self._progress("rounds", done, None)
+            )
             found = self._search(self._planner(), limit)
             if not self._better(found, best):
                 self._importance = kept
@@ -255,8 +225,7 @@ class Chooser:
                 best = self._search(self._planner(), limit)
 
     def _planner(self) -> Planner:
-        terms = Terms(self._config, costs_in(self._unit, self._inventory), self._importance, self._no_blocks)
-        return Planner(self._inventory, self._groups, terms, self._unit)
+        return Planner(self._groups, Terms(self._config, self._costs, self._importance, self._no_blocks))
 
     def _finished(self, choice: Choice) -> Plan:
         energy = {}
@@ -265,37 +234,19 @@ class Chooser:
             energy[name] = 1 - damage / total if total else 1.0
         return Plan(choice.cuts, choice.store(True), energy, choice.damages)
 
+    def _factors(self, choice: Choice) -> dict[str, Factors]:
+        return factors(list(self._parts.values()), choice.store(False))
+
     def _better(self, found: Choice, best: Choice) -> bool:
         """Whether a choice for the same target errs less or, where the error is the target, costs less."""
-        if not self._config.target.kind.startswith("keep"):
+        if self._config.target.kind not in BUDGETS:
             return found.cost < best.cost
-        new, old = (self._trial.error(self._factors(choice.store(False)), self._probed) for choice in (found, best))
+        new, old = (self._trial.error(self._factors(choice), self._probed) for choice in (found, best))
         return new < old
-
-    def _measured_again(self, choice: Choice) -> dict[str, float]:
-        """Importances as they are where `choice` is made: by what making a group dense again gains."""
-        cut = self._factors(choice.store(False))
-        whole = self._trial.error(cut, self._probed) ** 2
-        changes = {}
-        for number, members in enumerate(self._groups):
-            names = {part.name for part in members.parts}
-            predicted = sum(choice.damages[name] for name in names)
-            if predicted > 0:
-                others = {name: factors for name, factors in cut.items() if name not in names}
-                gained = whole - self._trial.error(others, self._probed) ** 2
-                changes[number] = float(np.clip(gained / predicted, 1 / MOST_CORRECTED, MOST_CORRECTED))
-            self._progress("importance", 1, None)
-        # what is dense now shares the fate of the others on average
-        usual = float(np.exp(np.mean(np.log(list(changes.values()))))) if changes else 1.0
-        return {
-            part.name: self._importance[part.name] * changes.get(number, usual)
-            for number, members in enumerate(self._groups)
-            for part in members.parts
-        }
 
     def _search(self, planner: Planner, limit: float) -> Choice:
         kind = self._config.target.kind
-        if kind in ("keep_params", "keep_macs"):
+        if kind in BUDGETS:
             return planner.fits(limit * planner.whole)
         if kind == "max_error":
             return self._smallest(planner, self._trial.error, lambda error: error <= limit)
@@ -314,7 +265,7 @@ class Chooser:
         """
 
         def measured(choice: Choice) -> float:
-            return measure(self._factors(choice.store(False)), self._held_out)
+            return measure(self._factors(choice), self._held_out)
 
         low = planner.least
         most = high = max(low, planner.whole)  # given ranks may cost more than dense weights

@@ -46,7 +46,8 @@ def test_an_unknown_target_lists_the_known_ones() -> None:
     with pytest.raises(ConfigError) as refused:
         Target("keep_size", 0.5)  # type: ignore[arg-type]
     assert str(refused.value) == (
-        "unknown target 'keep_size': choose one of energy, keep_params, keep_macs, max_error, min_metric_kept"
+        "unknown target 'keep_size': choose one of energy, keep_params, keep_macs, max_latency, max_error, "
+        "min_metric_kept"
     )
 
 

@@ -16,16 +16,19 @@ from hypothesis import strategies as st
 from models import parsed, random, relative, run
 
 from onnxlr.config import Config, Target
-from onnxlr.costs import costs_in
+from onnxlr.costs import Macs, Parameters
 from onnxlr.factorize import Gain
 from onnxlr.forms import MAX_CONDITION
 from onnxlr.gram import Moments
-from onnxlr.groups import BadlyConditionedError, Chained, Cut, Part, Shared, Single, Terms, group, hull
+from onnxlr.groups import BadlyConditionedError, Chained, Cut, Part, Shared, Single, Terms, group, hull, width_key
+from onnxlr.importance import factors, measure_alone
 from onnxlr.layer import Layer
 from onnxlr.plan import Option, joined, lower_hull
 from onnxlr.rewrite import rewrite
+from onnxlr.session import Session
 from onnxlr.sites import parameter_count, take_inventory
 from onnxlr.targets import Chooser, Planner
+from onnxlr.trial import Trial
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -96,6 +99,11 @@ def parts_of(name: str, objective: Objective = "output") -> list[Part]:
     return parts
 
 
+def ones(parts: Sequence[Part]) -> dict[str, float]:
+    """Damages as they are."""
+    return {key: 1.0 for part in parts for key in (part.name, width_key(part.name))}
+
+
 def offers(
     name: str,
     objective: Objective = "output",
@@ -105,7 +113,7 @@ def offers(
     """Of all groups of the model, every importance 1."""
     config = Config(objective=objective, forms=frozenset(forms), **{**SETTINGS, **more})
     inventory, parts = inventory_of(name), parts_of(name, objective)
-    terms = Terms(config, costs_in("params", inventory), dict.fromkeys((part.name for part in parts), 1.0))
+    terms = Terms(config, Parameters(inventory), ones(parts))
     return parts, [option for one in group(parts, inventory, config) for option in one.options(terms)]
 
 
@@ -153,7 +161,7 @@ def test_multiply_accumulates_are_the_elements_of_the_matrices(name: str) -> Non
     inventory = take_inventory(model_of(name), shapes)
     config = Config(objective="output", **SETTINGS)
     parts = [replace(part, weight=weight) for part, weight in zip(parts_of(name), inventory.weights, strict=True)]
-    terms = Terms(config, costs_in("macs", inventory), dict.fromkeys((part.name for part in parts), 1.0))
+    terms = Terms(config, Macs(inventory), ones(parts))
     for one in group(parts, inventory, config):
         for option in one.options(terms):
             model = rewrite(inventory, option.choice.store(True))
@@ -217,6 +225,47 @@ def test_the_damage_of_a_narrowed_layer_is_what_the_rows_show(name: str, objecti
     assert widths == {None, *range(2, 16, 2)}
 
 
+@pytest.mark.parametrize("objective", ["weight", "output"])
+@pytest.mark.parametrize("name", ["chain", "chain of gemms", "gate", "three"])
+def test_a_trial_of_an_option_errs_as_the_rewritten_model(name: str, objective: Objective) -> None:
+    inventory, config = inventory_of(name), Config(objective=objective, **SETTINGS)
+    parts, options = offers(name, objective)
+    inputs = Session(inventory.model, threads=1).inputs
+    trial = Trial(inventory, inventory.weights, inputs, config, corrected=config.corrects_bias)
+    x = ROWS[:64].astype(np.float32)
+    probed = trial.observe([{"x": row[None]} for row in x])
+    dense = run(inventory.model, x=x)["y"]
+    for option in options[:: max(1, len(options) // 25)]:
+        tried = trial.error(factors(parts, option.choice.store(False)), probed)
+        found = run(rewrite(inventory, option.choice.store(True)), x=x)["y"]
+        assert tried == pytest.approx(relative(dense, found), rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["chain", "gate"])
+def test_dropping_units_has_an_importance_of_its_own(name: str) -> None:
+    inventory, config = inventory_of(name), Config(objective="output", **SETTINGS)
+    parts = parts_of(name)
+    (one,) = group(parts, inventory, config)
+    assert isinstance(one, Chained)
+    trial = Trial(inventory, inventory.weights, Session(inventory.model, threads=1).inputs, config, corrected=True)
+    x = ROWS[:64].astype(np.float32)
+    probed = trial.observe([{"x": row[None]} for row in x])
+    done: list[int] = []
+    importance = measure_alone([one], trial, probed, config, done.append)
+    assert importance.keys() == {*(part.name for part in parts), width_key("w2")}
+    assert done == [1] * len(parts)
+    dense = run(inventory.model, x=x)["y"]
+    width = one.elimination.widths[len(one.elimination.widths) // 2]
+    narrowed = run(rewrite(inventory, one.store_narrowed(width)), x=x)["y"]
+    expected = relative(dense, narrowed) ** 2 / one.elimination.damage(width)
+    assert importance[width_key("w2")] == pytest.approx(expected, rel=1e-3)
+    # and the options of that width alone are weighed by it
+    options = one.options(Terms(config, Parameters(inventory), {width_key("w2"): 5.0}))
+    lost = {o.choice.cuts["w2"].width: o.damage for o in options}
+    assert lost[width] == pytest.approx(5.0 * one.elimination.damage(width))
+    assert lost[None] == 0
+
+
 def test_a_chain_computes_what_its_parts_say() -> None:
     # no activation in between: the narrowed model's error is that of the narrowed product
     body = {"w1": random(2, 12, 16), "w2": random(4, 16, 10)}
@@ -225,7 +274,7 @@ def test_a_chain_computes_what_its_parts_say() -> None:
     rows = {"w1": ROWS, "w2": ROWS @ body["w1"]}
     parts = [Part(w, Layer(inventory.matrix(w), Moments.of(rows[w.name]))) for w in inventory.weights]
     config = Config(objective="output", **SETTINGS)
-    terms = Terms(config, costs_in("params", inventory), {"w1": 1.0, "w2": 1.0})
+    terms = Terms(config, Parameters(inventory), ones(parts))
     dense = ROWS @ body["w1"] @ body["w2"]
     x = ROWS.astype(np.float32)
     tried = 0
@@ -274,7 +323,7 @@ def test_a_shared_first_factor_is_the_best_of_all(objective: Objective) -> None:
 
 def test_importances_weigh_what_is_shared() -> None:
     inventory, parts, config = inventory_of("three"), parts_of("three"), Config(objective="output", **SETTINGS)
-    costs = costs_in("params", inventory)
+    costs = Parameters(inventory)
 
     def lost(importance: Mapping[str, float]) -> dict[str, float]:
         options = Shared(parts).options(Terms(config, costs, importance))
@@ -324,7 +373,7 @@ def test_a_demanded_rank_keeps_a_weight_to_itself() -> None:
         groups = group(parts, inventory, config)
         assert sorted(part.name for one in groups for part in one.parts) == sorted(part.name for part in parts)
         (own,) = (one for one in groups if any(part.name == fixed for part in one.parts))
-        terms = Terms(config, costs_in("params", inventory), {})
+        terms = Terms(config, Parameters(inventory), {})
         assert [option.choice.cuts for option in own.options(terms)] == [{fixed: Cut("pair", 3)}]
         assert not any(isinstance(one, Chained) for one in groups)
 
@@ -354,7 +403,7 @@ def test_a_block_that_would_amplify_rounding_is_refused() -> None:
     inventory = take_inventory(singular())
     part = Part(inventory.weights[0], Layer(inventory.matrix(inventory.weights[0])))
     config = Config(objective="weight", **SETTINGS)
-    terms = Terms(config, costs_in("params", inventory), {"w": 1.0})
+    terms = Terms(config, Parameters(inventory), {"w": 1.0})
     options = [option for option in Single(part).options(terms) if option.choice.cuts["w"].form == "block"]
     assert options
     for option in options:
@@ -378,7 +427,9 @@ def test_a_plan_does_without_blocks_that_are_badly_conditioned(share: float) -> 
         config = Config(
             objective="weight", forms=frozenset(forms), target=Target("keep_params", share), **SETTINGS
         )  # fmt: skip
-        plans[forms] = Chooser(inventory, parts, trial, [], [], config, lambda *_: None).plan(share)
+        groups = group(parts, inventory, config)
+        chooser = Chooser(groups, trial, [], [], Parameters(inventory), config, lambda *_: None)
+        plans[forms] = chooser.plan(share)
     first, second = plans.values()
     assert first.cuts == second.cuts
     assert first.cuts["w"].form == "pair"
@@ -388,7 +439,7 @@ def test_a_plan_does_without_blocks_that_are_badly_conditioned(share: float) -> 
 def test_the_limit_follows_the_precision(dtype: str) -> None:
     inventory = take_inventory(parsed("(float[N, 8] x) => (float[N, 8] y)", "y = MatMul(x, w)", w=random(1, 8, 8)))
     config = Config(objective="weight", **{**SETTINGS, "rank_multiple": 4})
-    terms = Terms(config, costs_in("params", inventory), {"w": 1.0})
+    terms = Terms(config, Parameters(inventory), {"w": 1.0})
     (weight,) = inventory.weights
     for factor, fine in ((0.9, True), (1.1, False)):
         # balanced factors take the roots of the singular values, so both windows of B are diagonal with this condition
@@ -410,7 +461,7 @@ def test_half_precision_survives_its_blocks() -> None:
     inventory = take_inventory(model)
     x = rng.standard_normal((50, 32)).astype(np.float16)
     part = Part(inventory.weights[0], Layer(inventory.matrix(inventory.weights[0])))
-    terms = Terms(Config(objective="weight", **SETTINGS), costs_in("params", inventory), {"w": 1.0})
+    terms = Terms(Config(objective="weight", **SETTINGS), Parameters(inventory), {"w": 1.0})
     made = 0
     for option in Single(part).options(terms):
         if option.choice.cuts["w"].form != "block":
@@ -476,11 +527,12 @@ def test_allocation_over_groups_is_nearly_the_best_of_all(name: str, share: floa
     else:
         inventory, parts = inventory_of(name), parts_of(name)
     importance = {part.name: 1 / part.decomposition.total for part in parts}
-    terms = Terms(config, costs_in("params", inventory), importance)
+    importance |= {width_key(name): value for name, value in importance.items()}
+    terms = Terms(config, Parameters(inventory), importance)
     groups = group(parts, inventory, config)
     offered = [one.options(terms) for one in groups]
     assert len(groups) == (2 if name == "two chains" else 1)
-    planner = Planner(inventory, groups, terms, "params")
+    planner = Planner(groups, terms)
     budget = share * planner.whole
     choice = planner.fits(budget)
     assert choice.cost <= budget

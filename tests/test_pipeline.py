@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from onnxlr import Config, Target
 from onnxlr.config import FORMS, Form
 from onnxlr.data import TensorSpec, open_data
 from onnxlr.errors import ConfigError, DataError, GateError
+from onnxlr.model_io import from_proto
+from onnxlr.session import fused_operators
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -251,6 +254,22 @@ def test_the_report_lists_everything(tmp_path: Path) -> None:
     assert document["config"]["target"] == {"kind": "keep_params", "value": 0.5}
 
 
+def test_fused_operators_are_counted_in_both_models(halves: tuple[Report, onnx.ModelProto]) -> None:
+    report, written = halves
+    assert report.before.fused == {"FusedMatMul": 1}
+    assert report.after.fused == fused_operators(from_proto(written), threads=1)
+    assert not any("fused" in warning for warning in report.warnings)
+
+
+def test_without_room_for_the_optimized_model_fused_operators_are_unknown_and_said_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    report, _ = shrink(mlp(), FEEDS[:64], tmp_path, Target("energy", 0.99))
+    assert (report.before.fused, report.after.fused) == (None, None)
+    assert any(warning.startswith("fused operators were not counted") for warning in report.warnings)
+
+
 def test_few_rows_are_a_warning_for_each_weight(tmp_path: Path) -> None:
     report, _ = shrink(mlp(), FEEDS[:24], tmp_path, Target("keep_params", 0.6))
     assert report.samples == 21
@@ -347,7 +366,7 @@ def test_the_python_api_in_memory() -> None:
     seen = {stage: sum(done for name, done, _ in progress if name == stage) for stage, _, _ in progress}
     assert seen["calibrate"] == report.samples == 280
     assert seen["validate"] == report.held_out == 40
-    assert seen["decompose"] == 3
+    assert seen["importance"] == 3
 
 
 def test_the_validation_api_in_memory() -> None:

@@ -217,6 +217,20 @@ def test_more_than_three_warnings_are_counted_unless_asked_for() -> None:
     assert "more with" not in verbose
 
 
+def test_operators_that_are_fused_no_more_are_named() -> None:
+    def text(before: dict[str, int] | None, after: dict[str, int] | None) -> str:
+        figures = report()
+        changed = report(before=replace(figures.before, fused=before), after=replace(figures.after, fused=after))
+        assert changed.to_dict()["before"]["fused"] == before
+        return shown(render_report(changed, verbose=False))
+
+    dense = {"Attention": 6, "BiasGelu": 6, "SkipLayerNormalization": 12}
+    fewer = text(dense, {"BiasGelu": 6, "FusedMatMul": 3, "SkipLayerNormalization": 11})
+    assert "onnxruntime fuses fewer operators: Attention 6 -> 0, SkipLayerNormalization 12 -> 11\n" in fewer
+    for before, after in ((dense, dense), ({}, dense), (None, {}), (dense, None)):
+        assert "fuses" not in text(before, after)
+
+
 def test_what_was_not_measured_is_said() -> None:
     unknown = ModelFigures(100, None, 1000)
     text = shown(

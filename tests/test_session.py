@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx.parser
 import pytest
+from models import parsed, random
 
 from onnxlr.errors import InstallError, ModelError
-from onnxlr.model_io import Model, from_proto
-from onnxlr.session import Session, import_onnxruntime
+from onnxlr.model_io import Model, from_proto, load, save
+from onnxlr.session import Session, fused_operators, import_onnxruntime
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -71,3 +72,70 @@ def test_two_builds_of_onnxruntime_are_refused(tmp_path: Path, monkeypatch: pyte
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(InstallError, match="onnxruntime and onnxruntime-gpu are both installed"):
         import_onnxruntime()
+
+
+LAYER_NORM = """
+    m = ReduceMean<axes = [-1]>(t) c = Sub(t, m) q = Pow(c, two) v = ReduceMean<axes = [-1]>(q)
+    e = Add(v, small) d = Sqrt(e) n = Div(c, d) s = Mul(n, gamma) y = Add(s, beta)
+"""
+GELU = "p = MatMul(x, w) h = Add(p, beta) f = Div(h, root) e = Erf(f) o = Add(e, one) k = Mul(h, o) y = Mul(k, half)"
+
+
+def layer(body: str, tail: str = "") -> Model:
+    """From x [N, S, 8] to y [N, S, 8], with the weights that the bodies here need; `up` and `down` are above 1 kB."""
+    scalars = {"two": 2, "small": 1e-5, "root": 2**0.5, "one": 1, "half": 0.5}
+    weights = {name: np.float32(value).reshape(()) for name, value in scalars.items()}
+    weights |= {"gamma": random(1, 8), "beta": random(2, 8), "w": random(3, 8, 8)}
+    weights |= {"up": random(4, 8, 64), "down": random(5, 64, 8)}
+    return parsed("(float[N, S, 8] x) => (float[N, S, 8] y)", body, tail=tail, **weights)
+
+
+@pytest.mark.parametrize(
+    ("body", "fused"),
+    [
+        ("y = MatMul(x, w)", {}),
+        ("y = LayerNormalization(x, gamma, beta)", {}),
+        ("p = MatMul(x, w) h = Add(p, beta) y = Relu(h)", {}),
+        ("p = MatMul(x, w) y = Mul(p, half)", {"FusedMatMul": 1}),
+        (GELU, {"BiasGelu": 1}),
+        (f"t = MatMul(x, w) {LAYER_NORM}", {"LayerNormalization": 1}),
+        (f"p = MatMul(x, w) t = Add(p, x) {LAYER_NORM}", {"SkipLayerNormalization": 1}),
+        ("p = MatMul(x, w) t = Add(p, x) y = LayerNormalization(t, gamma, beta)", {"SkipLayerNormalization": 1}),
+        (f"top = ReduceMax<keepdims = 0>(x) high = Greater(top, one) "
+         f"y = If(high) <then_branch = a () => (float[N, S, 8] y) {{ {GELU} }}, "
+         "else_branch = b () => (float[N, S, 8] z) { z = Identity(x) }>", {"BiasGelu": 1}),
+    ],
+)  # fmt: skip
+def test_operators_that_onnxruntime_fuses(body: str, fused: dict[str, int]) -> None:
+    original = layer(body)
+    before = original.serialize()
+    assert fused_operators(original, threads=1) == fused
+    assert original.serialize() == before
+
+
+def test_operators_of_a_local_function_are_not_taken_for_fused_ones() -> None:
+    norm = "f (a, g, b) => (z) { z = LayerNormalization(a, g, b) }"
+    calls = layer(
+        "u = local.f(x, gamma, beta) t = MatMul(u, w) y = local.f(t, gamma, beta)",
+        f'<domain: "local", opset_import: ["" : 17]> {norm}',
+    )
+    assert fused_operators(calls, threads=1) == {}
+
+
+def test_fused_operators_of_a_model_with_external_data(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    save(layer(f"h = MatMul(x, up) p = MatMul(h, down) t = Add(p, x) {LAYER_NORM}"), path, size_threshold=0)
+    files = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert set(files) == {"model.onnx", "model.onnx.data"}
+    assert fused_operators(load(path), threads=1) == {"SkipLayerNormalization": 1}
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == files
+
+
+def test_the_weights_of_an_optimized_model_are_not_in_its_graph(tmp_path: Path) -> None:
+    path = tmp_path / "optimized.onnx"
+    original = layer("h = MatMul(x, up) y = MatMul(h, down)")
+    Session(original, threads=1, save_optimized=path)
+    saved = load(path)
+    stored = {tensor.name: tensor for tensor in saved.proto.graph.initializer}
+    assert not stored["up"].raw_data
+    assert np.array_equal(saved.array(stored["up"]), random(4, 8, 64))

@@ -14,19 +14,19 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 
 from onnxlr.config import Config, Target
-from onnxlr.costs import costs_in
+from onnxlr.costs import Macs, Parameters
 from onnxlr.errors import GateError
 from onnxlr.gram import Moments
 from onnxlr.groups import Choice, Cut, Part, Single, Terms, block_ranks, group, pair_ranks
+from onnxlr.importance import MOST_CORRECTED
 from onnxlr.layer import Layer
 from onnxlr.model_io import from_proto
 from onnxlr.sites import Inventory, take_inventory
-from onnxlr.targets import MOST_CORRECTED, SEARCH_STEPS, SHARE_STEPS, Chooser, Plan, Planner, by_energy
+from onnxlr.targets import EVEN_STEPS, SEARCH_STEPS, Chooser, Plan, Planner, by_energy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from onnxlr.costs import Unit
     from onnxlr.factorize import Factors
     from onnxlr.forms import Stored
     from onnxlr.sites import Weight
@@ -76,14 +76,15 @@ def planner_for(
     config: Config,
     parts: Sequence[Part],
     importance: Mapping[str, float] | None = None,
-    unit: Unit = "params",
+    unit: str = "params",
 ) -> Planner:
-    terms = Terms(config, costs_in(unit, inventory), relative_to(parts) if importance is None else importance)
-    return Planner(inventory, group(parts, inventory, config), terms, unit)
+    costs = COSTS[unit](inventory)
+    terms = Terms(config, costs, relative_to(parts) if importance is None else importance)
+    return Planner(group(parts, inventory, config), terms)
 
 
 def planner_of(
-    inventory: Inventory, config: Config, fixed: Mapping[str, int] | None = None, unit: Unit = "params"
+    inventory: Inventory, config: Config, fixed: Mapping[str, int] | None = None, unit: str = "params"
 ) -> Planner:
     return planner_for(inventory, config, parts_of(inventory, fixed), unit=unit)
 
@@ -103,6 +104,7 @@ def spent(inventory: Inventory, choice: Choice | Plan | Mapping[str, int | None]
     return total
 
 
+COSTS: Mapping[str, type[Macs | Parameters]] = {"params": Parameters, "macs": Macs}
 PAIRS: Any = {"forms": frozenset({"pair"}), "objective": "weight", "rounds": 0}
 FINE = Config(rank_multiple=1, margin=1.0, **PAIRS)
 
@@ -179,7 +181,7 @@ def test_a_fixed_rank_is_kept_under_every_budget() -> None:
 
 def test_multiply_accumulates_that_nobody_counted_are_no_budget() -> None:
     inventory = take(shapes=False)
-    with pytest.raises(GateError, match="--keep-macs cannot be met: the model has no macs that could be counted"):
+    with pytest.raises(GateError, match="--keep-macs cannot be met: the model has no MACs that could be counted"):
         planner_of(inventory, FINE, unit="macs").fits(0.5 * (inventory.macs or 0))
 
 
@@ -187,7 +189,7 @@ def test_predictions_are_in_the_unit_of_the_importance() -> None:
     inventory = take()
     parts = parts_of(inventory)
     first, second, _ = parts
-    costs = costs_in("params", inventory)
+    costs = Parameters(inventory)
 
     def predicted(importance: Mapping[str, float], part: Part) -> dict[int | None, float]:
         options = Single(part).options(Terms(FINE, costs, importance))
@@ -216,7 +218,7 @@ def test_a_weight_of_zeros_and_an_infinite_importance_are_planned_with_numbers()
 
 def test_a_correction_of_the_bias_is_part_of_the_cost() -> None:
     inventory = take()
-    part, costs = parts_of(inventory)[0], costs_in("params", inventory)
+    part, costs = parts_of(inventory)[0], Parameters(inventory)
     first = part.weight
     for objective, vectors in (("weight", 0), ("utilized", 0), ("output", 1), ("fisher", 1)):
         options = Single(part).options(Terms(replace(FINE, objective=objective), costs, {}))
@@ -301,6 +303,17 @@ class Stub:
         return math.sqrt(sum(lost))
 
 
+def chooser_of(
+    inventory: Inventory,
+    parts: Sequence[Part],
+    trial: Any,
+    config: Config,
+    progress: Callable[[str, int, int | None], None] = lambda *_: None,
+) -> Chooser:
+    costs = COSTS["macs" if config.target.kind == "keep_macs" else "params"](inventory)
+    return Chooser(group(parts, inventory, config), trial, PROBED, HELD_OUT, costs, config, progress)
+
+
 def choose(
     target: Target,
     *,
@@ -311,7 +324,7 @@ def choose(
     parts = parts_of(inventory)
     stub, steps = Stub(parts, alone or {}), []
     trial: Any = stub
-    chooser = Chooser(inventory, parts, trial, PROBED, HELD_OUT, config, lambda *step: steps.append(step))
+    chooser = chooser_of(inventory, parts, trial, config, lambda *step: steps.append(step))
     return chooser.plan(target.value), inventory, stub, steps
 
 
@@ -407,7 +420,7 @@ def test_a_bound_that_a_given_rank_breaks_is_refused(rank: int) -> None:
     if rank == 24:
         trial.error = lambda factors, observed: 0.5
     with pytest.raises(GateError) as refused:
-        Chooser(inventory, parts, trial, PROBED, HELD_OUT, config, lambda *_: None).plan(bound)
+        chooser_of(inventory, parts, trial, config).plan(bound)
     assert f"--max-error {bound:g} cannot be reached" in str(refused.value)
     assert "drop or raise the ranks given with --rank" in str(refused.value)
 
@@ -421,7 +434,7 @@ def test_a_weight_whose_cut_loses_nothing_is_not_measured() -> None:
             raise AssertionError
 
     trial: Any = Unused()
-    plan = Chooser(inventory, parts_of(inventory), trial, PROBED, HELD_OUT, config, lambda *_: None).plan(0.5)
+    plan = chooser_of(inventory, parts_of(inventory), trial, config).plan(0.5)
     assert set(plan.predicted.values()) == {0.0}
 
 
@@ -468,7 +481,7 @@ def planned(target: Target, truth: Mapping[str, float], **options: Any) -> tuple
     settings = replace(FINE, target=target, **options)
     stub = InContext(parts_of(inventory), truth=truth)
     trial: Any = stub
-    chooser = Chooser(inventory, stub.parts, trial, PROBED, HELD_OUT, settings, lambda *_: None)
+    chooser = chooser_of(inventory, stub.parts, trial, settings)
     return chooser.plan(target.value), stub
 
 
@@ -545,7 +558,7 @@ def test_the_same_share_for_every_weight(share: float, multiple: int) -> None:
         if cost > min(able[weight.name]):
             within = max(within, cost / dense)
         beyond = min([beyond, *(dearer / dense for dearer in able[weight.name] if dearer > cost)])
-    assert within <= beyond + 2.0**-SHARE_STEPS
+    assert within <= beyond + 2.0**-EVEN_STEPS
 
 
 def test_a_bound_is_kept_at_the_same_share() -> None:

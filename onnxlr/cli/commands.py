@@ -10,7 +10,7 @@ import click
 
 from onnxlr.cli.options import DATA, FILE, POSITIVE, SHARE, common, parse_ranks, running, selecting
 from onnxlr.cli.output import describe_verdict, progress_bars, show, show_json, show_stats
-from onnxlr.config import ALLOCATIONS, FORMS, OBJECTIVES, Config, Target
+from onnxlr.config import ALLOCATIONS, FORMS, OBJECTIVES, TARGETS, Config, Target
 from onnxlr.report import terminal
 
 if TYPE_CHECKING:
@@ -212,6 +212,7 @@ def merge(stats: Sequence[Path], output: Path, force: bool, as_json: bool, quiet
 @click.option("--energy", type=SHARE, help="Target: the share of the energy that every weight keeps.")
 @click.option("--keep-params", type=SHARE, help="Target: the share of the whole model's parameters to keep.")
 @click.option("--keep-macs", type=SHARE, help="Target: the share of the whole model's MACs to keep.")
+@click.option("--max-latency", type=SHARE, help="Target: the share of the dense model's latency, measured.")
 @click.option("--max-error", type=click.FloatRange(min=0, min_open=True),
               help="Target: the relative error of the outputs on held-out data.  [default: 0.05]")  # fmt: skip
 @click.option("--min-metric-kept", type=SHARE, help="Target: the share of the task metric to keep, with --labels.")
@@ -248,12 +249,11 @@ def compress(
     from onnxlr.gram import Stats
     from onnxlr.pipeline import compress as api
 
-    kinds = ("energy", "keep_params", "keep_macs", "max_error", "min_metric_kept")
-    targets = {kind: value for kind in kinds if (value := settings.pop(kind)) is not None}
+    targets = {kind: value for kind in TARGETS if (value := settings.pop(kind)) is not None}
     if len(targets) > 1:
         given = " and ".join(f"--{kind.replace('_', '-')}" for kind in targets)
         raise click.UsageError(f"{given} are given, one target at a time: keep one")
-    target = Target(*next(iter(targets.items()))) if targets else Target()  # type: ignore[arg-type]
+    target = Target(*next(iter(targets.items()))) if targets else Target()
     chosen: Any = frozenset(form.strip() for form in forms.split(","))
     config = Config(objective=objective, target=target, ranks=parse_ranks(ranks), forms=chosen, **settings)
     if report is not None:

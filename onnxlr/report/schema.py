@@ -74,10 +74,11 @@ class RefusalReport:
 
 @dataclass(frozen=True, slots=True)
 class ModelFigures:
-    """Size and speed of a model: four figures that do not stand for one another.
+    """Size and speed of a model: figures that do not stand for one another.
 
     `macs` are of one sample, `latency_ms` the median of one run of the benchmark's batch, `metric` the task metric on
-    held-out labelled data.
+    held-out labelled data, `fused` the operators, by type, that onnxruntime puts in the place of several; None where
+    they could not be counted.
     """
 
     parameters: int
@@ -85,6 +86,7 @@ class ModelFigures:
     file_bytes: int
     latency_ms: float | None = None
     metric: float | None = None
+    fused: dict[str, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,8 @@ def render_report(report: Report, *, verbose: bool) -> Iterable[RenderableType]:
     )
     if report.objective_reason:
         yield f"objective {report.config['objective']}: {report.objective_reason}"
+    if fewer := _fewer_fused(report):
+        yield f"onnxruntime fuses fewer operators: {fewer}"
     for warning in report.warnings if verbose else report.warnings[:3]:
         yield f"warning: {warning}"
     if not verbose and len(report.warnings) > 3:
@@ -50,6 +52,14 @@ def render_report(report: Report, *, verbose: bool) -> Iterable[RenderableType]:
     )  # fmt: skip
     if report.output is not None:
         yield f"written to {report.output}"
+
+
+def _fewer_fused(report: Report) -> str:
+    """The fused operators that the compressed model has less of; empty where there is none, or none was counted."""
+    before, after = report.before.fused, report.after.fused
+    if before is None or after is None:
+        return ""
+    return ", ".join(f"{op} {n} -> {after.get(op, 0)}" for op, n in before.items() if after.get(op, 0) < n)
 
 
 def _figures(report: Report) -> Table:

@@ -1,0 +1,122 @@
+"""What the model's outputs make of the damage done to each weight: measured, in one unit.
+
+Damages of different weights do not compare: some layers' errors never reach the output, others grow. So each weight
+alone is cut to a middle rank, the rest stays dense, and the squared relative error `e^2` of the model's outputs is
+read off; `e^2 / damage` is its importance, and at any other rank its damage is predicted as importance times damage.
+The predictions of all weights add up to that of the model's squared error, as long as the errors are small and
+independent.
+
+Where much is cut they are neither. Then importances can be measured again at a choice that was made: a group of weights
+is made dense again, the rest stays cut, and the fall of the squared error is what that group's cut costs there.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from onnxlr.groups import Chained, ranks, width_key
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from onnxlr.config import Config
+    from onnxlr.factorize import Factors
+    from onnxlr.forms import Stored
+    from onnxlr.groups import Choice, Group, Part
+    from onnxlr.trial import Observed, Trial
+
+    Importance = Mapping[str, float]
+
+MOST_CORRECTED = 8.0
+"""The most by which one round changes an importance: marginal errors are differences of two noisy figures."""
+
+
+def measure_alone(
+    groups: Sequence[Group], trial: Trial, probed: Observed, config: Config, progress: Callable[[int], None]
+) -> dict[str, float]:
+    """The importance of every weight, all others dense; 0 where no rank is on offer or nothing is damaged.
+
+    What dropping hidden units does has an importance of its own, under `width_key`: those errors look otherwise.
+
+    Parameters
+    ----------
+    groups
+        The weights.
+    trial, probed
+        The model with free ranks, and what it is measured on.
+    config
+        What is on offer.
+    progress
+        Called with 1 after each weight.
+    """
+    importance = {}
+    for group in groups:
+        for part in group.parts:
+            importance[part.name] = _alone(part, trial, probed, config)
+            progress(1)
+        if isinstance(group, Chained):
+            importance[width_key(group.consumer.name)] = _narrowed(group, trial, probed)
+    return importance
+
+
+def _narrowed(group: Chained, trial: Trial, probed: Observed) -> float:
+    widths = group.elimination.widths
+    if not widths:
+        return 0.0
+    width = widths[len(widths) // 2]
+    damage = group.elimination.damage(width)
+    if damage <= 0:
+        return 0.0
+    return trial.error(factors(group.parts, group.store_narrowed(width)), probed) ** 2 / damage
+
+
+def _alone(part: Part, trial: Trial, probed: Observed, config: Config) -> float:
+    weight = part.weight
+    offered = ranks(config, min(weight.d_in, weight.d_out))
+    middle = weight.d_in * weight.d_out / (weight.d_in + weight.d_out) / 2
+    if not offered:
+        return 0.0
+    rank = min(offered, key=lambda rank: abs(rank - middle))
+    damage = part.decomposition.damage(rank)
+    if damage <= 0:
+        return 0.0
+    return trial.error(factors([part], {part.name: part.pair(rank)}), probed) ** 2 / damage
+
+
+def measure_again(
+    choice: Choice,
+    groups: Sequence[Group],
+    importance: Importance,
+    trial: Trial,
+    probed: Observed,
+    progress: Callable[[int], None],
+) -> dict[str, float]:
+    """Importances as they are where `choice` is made; `importance` are those that it was made with."""
+    parts = [part for group in groups for part in group.parts]
+    cut = factors(parts, choice.store(False))
+    whole = trial.error(cut, probed) ** 2
+    changes: dict[int, float] = {}
+    for number, group in enumerate(groups):
+        names = {part.name for part in group.parts}
+        predicted = sum(choice.damages[name] for name in names)
+        if predicted > 0:
+            others = {name: pair for name, pair in cut.items() if name not in names}
+            gained = whole - trial.error(others, probed) ** 2
+            changes[number] = float(np.clip(gained / predicted, 1 / MOST_CORRECTED, MOST_CORRECTED))
+        progress(1)
+    # what is dense now shares the fate of the others on average
+    usual = float(np.exp(np.mean(np.log(list(changes.values()))))) if changes else 1.0
+    again = {}
+    for number, group in enumerate(groups):
+        for part in group.parts:
+            for key in importance.keys() & {part.name, width_key(part.name)}:
+                again[key] = importance[key] * changes.get(number, usual)
+    return again
+
+
+def factors(parts: Sequence[Part], stored: Mapping[str, Stored]) -> dict[str, Factors]:
+    """What is stored, as two factors from and to all features of each weight: as a trial takes them."""
+    weights = {part.name: part.weight for part in parts}
+    return {name: arrays.factors(weights[name].d_in, weights[name].d_out) for name, arrays in stored.items()}
