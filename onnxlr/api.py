@@ -14,6 +14,7 @@ from onnxlr.case import as_model, gather, prepare, quiet
 from onnxlr.config import Config
 from onnxlr.data import ImageOptions, load_labels, open_data
 from onnxlr.errors import ModelError
+from onnxlr.report.schema import plain
 from onnxlr.session import Session
 from onnxlr.shapes import measure_shapes, synthetic_sample
 from onnxlr.sites import take_inventory
@@ -47,7 +48,7 @@ class Inspection:
             "macs": self.inventory.macs,
             "macs_of": {name: list(shape) for name, shape in self.shapes_of.items()},
             "problem": self.problem,
-            "weights": [asdict(weight) for weight in self.inventory.weights],
+            "weights": [plain(asdict(weight)) for weight in self.inventory.weights],
             "refusals": [asdict(refusal) for refusal in self.inventory.refusals],
             "uncounted": self.inventory.uncounted,
         }

@@ -93,7 +93,8 @@ def gradient_moments(
             own = torch.from_numpy(np.asarray(labels[first : first + sample_count(feed, inputs)])).to(device)
             total = loss({name: tensors[tensor] for name, tensor in probed.items()}, own)
         reached = [name for name in sites if tensors[name].requires_grad]
-        gradients = torch.autograd.grad(total, [tensors[name] for name in reached], allow_unused=True)
+        made = [tensors[name] for name in reached]
+        gradients = torch.autograd.grad(total, made, allow_unused=True) if made else ()
         for name, gradient in zip(reached, gradients, strict=True):
             if gradient is None:
                 continue

@@ -259,9 +259,7 @@ class Single:
         d_in, d_out = self.part.layer.d_in, self.part.layer.d_out
         if "pair" not in terms.config.forms:
             return
-        for rank in ranks(terms.config, min(d_in, d_out)):
-            if rank * (d_in + d_out) > terms.config.margin * d_in * d_out:
-                return
+        for rank in pair_ranks(d_in, d_out, terms.config):
             yield self._pair(rank, terms)
 
     def _pair(self, rank: int, terms: Terms) -> Option[Choice]:
@@ -278,13 +276,12 @@ class Single:
         side = best_side(part.weight, d_in, d_out)
         if "block" not in terms.config.forms or side is None or part.name in terms.no_blocks:
             return
-        for rank in ranks(terms.config, min(d_in, d_out)):
-            if _worth_a_block(rank, d_in, d_out, terms.config):
-                damage = terms.damage(part.name, part.decomposition.damage(rank))
-                cut = Cut("block", rank, part.width)
-                choice = Choice({part.name: cut}, {part.name: damage}, self._storing(rank, side))
-                products, moved = block_products(d_in, d_out, rank, side), d_in if side == "input" else d_out
-                yield Option(choice, terms.price(part, products, moved=moved), damage)
+        for rank in block_ranks(d_in, d_out, terms.config):
+            damage = terms.damage(part.name, part.decomposition.damage(rank))
+            cut = Cut("block", rank, part.width)
+            choice = Choice({part.name: cut}, {part.name: damage}, self._storing(rank, side))
+            products, moved = block_products(d_in, d_out, rank, side), d_in if side == "input" else d_out
+            yield Option(choice, terms.price(part, products, moved=moved), damage)
 
     def _storing(self, rank: int, side: Side) -> Callable[[bool], dict[str, Stored]]:
         part = self.part
@@ -472,6 +469,17 @@ def _worth_a_block(rank: int, d_in: int, d_out: int, config: Config) -> bool:
 def ranks(config: Config, full: int) -> range:
     """The ranks on offer below full rank: multiples of what the hardware likes."""
     return range(config.rank_multiple, full, config.rank_multiple)
+
+
+def pair_ranks(d_in: int, d_out: int, config: Config) -> list[int]:
+    """The ranks at which a pair saves enough to be offered."""
+    most = config.margin * d_in * d_out
+    return [rank for rank in ranks(config, min(d_in, d_out)) if rank * (d_in + d_out) <= most]
+
+
+def block_ranks(d_in: int, d_out: int, config: Config) -> list[int]:
+    """The ranks at which a block saves enough to be offered, of the dense weight and of the pair."""
+    return [rank for rank in ranks(config, min(d_in, d_out)) if _worth_a_block(rank, d_in, d_out, config)]
 
 
 def group(parts: Sequence[Part], inventory: Inventory, config: Config) -> list[Group]:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from onnxlr.groups import Cut
+from onnxlr.groups import Cut, best_side, block_ranks, pair_ranks
 from onnxlr.report import ModelFigures, RefusalReport, Report, WeightReport
 from onnxlr.rewrite import copies, new_biases
 from onnxlr.session import import_onnxruntime
@@ -141,10 +141,13 @@ def _reason(part: Part, cut: Cut, config: Config) -> str:
             f"no pair is smaller: {config.target} needs rank {needed}, and no multiple of {config.rank_multiple} from "
             f"there on is within {config.margin:g} of its break-even rank {break_even:.1f}"
         )
-    if config.rank_multiple > config.margin * break_even:
+    size = weight.d_in, weight.d_out
+    pairs = "pair" in config.forms and pair_ranks(*size, config)
+    blocks = "block" in config.forms and best_side(weight, *size) and block_ranks(*size, config)
+    if not pairs and not blocks:
         return (
-            f"no form is smaller: no multiple of {config.rank_multiple} is within {config.margin:g} of its break-even "
-            f"rank {break_even:.1f}"
+            f"no pair or block is smaller: no multiple of {config.rank_multiple} below its full rank {min(size)} keeps "
+            f"at most {config.margin:g} of its parameters; a pair breaks even at rank {break_even:.1f}"
         )
     return f"{config.target} is best met with it dense"
 

@@ -123,6 +123,9 @@ class Planner:
             ]
 
         low, high = 0.0, 1.0
+        whole = at(high)
+        if sum(option.cost for option in whole) <= budget:
+            return whole
         for _ in range(EVEN_STEPS):
             middle = (low + high) / 2
             low, high = (middle, high) if sum(option.cost for option in at(middle)) <= budget else (low, middle)

@@ -51,12 +51,7 @@ class Elimination:
     def __init__(self, weight: Matrix, moments: Moments | None, root: Matrix | None, step: int) -> None:
         self._weight = weight
         self._mean = None if moments is None else moments.mean
-        if moments is None:
-            self._covariance = np.eye(len(weight))
-        else:
-            covariance = moments.covariance
-            floor = max(float(np.trace(covariance)) / len(weight), np.finfo(np.float64).tiny)
-            self._covariance = covariance + RIDGE * floor * np.eye(len(weight))
+        self._covariance = np.eye(len(weight)) if moments is None else _covariance(moments)
         self._damages = {len(weight): 0.0}
         self._order = self._eliminate(weight if root is None else weight @ root, step)
 
@@ -116,6 +111,17 @@ class Elimination:
         if self._mean is None:
             return solved, None
         return solved, self._mean @ self._weight - self._mean[kept] @ solved
+
+
+def _covariance(moments: Moments) -> Matrix:
+    """Regularised, so that it has an inverse; of units that never move, the identity times next to nothing."""
+    level = float(np.trace(moments.covariance)) / moments.dim
+    # less is what rounding leaves of the covariance of a constant
+    floor = np.finfo(np.float64).eps * max(moments.count, moments.dim) * float(np.mean(moments.mean**2))
+    identity: Matrix = np.eye(moments.dim)
+    if level <= floor:
+        return max(floor, float(np.sqrt(np.finfo(np.float64).tiny))) * identity
+    return moments.covariance + RIDGE * level * identity
 
 
 def _cheapest(inverse: Matrix, value: Matrix, count: int) -> Index:

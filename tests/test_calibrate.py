@@ -38,7 +38,8 @@ X = random(6, 24, 6)
 
 
 def chain() -> Model:
-    return parsed("(float[N, 6] x) => (float[N, 7] y)", CHAIN, **WEIGHTS)
+    # c is given out, so that w1 does not make hidden units for w2 alone
+    return parsed("(float[N, 6] x) => (float[N, 7] y, float[N, 8] c)", CHAIN, **WEIGHTS)
 
 
 def gather(model: Model, samples: Sequence[dict[str, Array]], objective: Objective = "output", **options: Any) -> Stats:
@@ -89,6 +90,23 @@ def test_each_tensor_is_observed_once_on_the_side_that_the_objective_needs() -> 
     assert (stats.samples, stats.holdout_every, stats.model) == (24, CONFIG.holdout_every, chain().fingerprint())
 
 
+@pytest.mark.parametrize(
+    "body",
+    ["a = MatMul(x, w1) c = Relu(a) d = MatMul(c, w2) y = MatMul(d, w3)",
+     "a = MatMul(x, w1) c = Softmax(a) d = MatMul(c, w2) f = MatMul(c, w4) e = Add(d, f) y = MatMul(e, w3)"],
+    ids=["hidden units", "a shared input"],
+)  # fmt: skip
+def test_an_input_that_others_share_or_that_may_be_narrowed_is_observed(body: str) -> None:
+    weights = {"w1": random(1, 6, 8), "w2": random(2, 8, 5), "w4": random(3, 8, 5), "w3": random(4, 5, 7)}
+    used = {name: array for name, array in weights.items() if name in body}
+    inventory = take_inventory(parsed("(float[N, 6] x) => (float[N, 7] y)", body, **used))
+    probed = {weight.name: site_probe(weight, weight.sites[0], "output") for weight in inventory.weights}
+    assert {name: probed[name] for name in ("w2", "w4") if name in probed} == dict.fromkeys(
+        [name for name in ("w2", "w4") if name in used], ("c", -1)
+    )
+    assert all(weight.observes_output is False for weight in inventory.weights)
+
+
 def test_activations_inside_the_model_are_those_of_numpy() -> None:
     inventory = take_inventory(chain())
     b = np.maximum(X.astype(np.float64) @ WEIGHTS["w1"] + WEIGHTS["b1"], 0)
@@ -105,8 +123,8 @@ def test_activations_inside_the_model_are_those_of_numpy() -> None:
 def test_probing_leaves_the_model_alone() -> None:
     model = chain()
     before = model.serialize()
-    probed = with_outputs(model, ["x", "c", "y"])
-    assert [value.name for value in probed.proto.graph.output] == ["y", "c"]
+    probed = with_outputs(model, ["x", "d", "y"])
+    assert [value.name for value in probed.proto.graph.output] == ["y", "c", "d"]
     assert np.array_equal(run(probed, x=X)["y"], run(model, x=X)["y"])
     assert model.serialize() == before
 

@@ -96,6 +96,7 @@ def test_inspect(shelf: Path) -> None:
     }
     assert document["parameters"] == elements(mlp())
     assert document["macs"] == 64 * 96 + 96 * 96 + 96 * 10
+    assert all(w["sites"][0]["block_sides"] == ["input", "output"] for w in document["weights"])
     assert document["refusals"] == []
     table = invoke("inspect", shelf / "mlp.onnx")
     assert (table.code, table.err) == (0, "")
@@ -170,7 +171,8 @@ def test_merged_shards_are_the_whole(shelf: Path, tmp_path: Path) -> None:
     for name, part in {"whole": x, "a": x[:320], "b": x[320:]}.items():
         np.save(tmp_path / f"{name}.npy", part)
         paths.append(tmp_path / f"{name}.safetensors")
-        command = ("calibrate", shelf / "mlp.onnx", "--calib", tmp_path / f"{name}.npy", "-o", paths[-1], "--json")
+        common = (shelf / "mlp.onnx", "--calib", tmp_path / f"{name}.npy", "--objective", "output")
+        command = ("calibrate", *common, "-o", paths[-1], "--json")
         document = figures(invoke(*command))
         assert document["samples"] == len(part) * 7 // 8
         assert {tensor["rows"] for tensor in document["tensors"].values()} == {document["samples"]}
@@ -296,7 +298,8 @@ def in_terminal(command: str) -> str:
 
 @pytest.mark.skipif(shutil.which("script") is None, reason="`script` gives commands a terminal")
 def test_progress_is_shown_in_a_terminal_unless_quiet(shelf: Path, tmp_path: Path) -> None:
-    command = f"onnxlr compress {shelf}/mlp.onnx --calib {shelf}/calib -o {tmp_path}/o.onnx --force --keep-params 0.7"
+    options = f"-o {tmp_path}/o.onnx --force --keep-params 0.7 --objective output"
+    command = f"onnxlr compress {shelf}/mlp.onnx --calib {shelf}/calib {options}"
     loud, quiet = in_terminal(command), in_terminal(f"{command} -q")
     assert "calibrate" in loud.split("objective")[0]
     assert quiet.startswith("output objective")

@@ -46,14 +46,15 @@ def test_an_unknown_target_lists_the_known_ones() -> None:
     with pytest.raises(ConfigError) as refused:
         Target("keep_size", 0.5)  # type: ignore[arg-type]
     assert str(refused.value) == (
-        "unknown target 'keep_size': choose one of energy, keep_params, keep_macs, max_error, min_metric_kept"
+        "unknown target 'keep_size': choose one of energy, keep_params, keep_macs, max_latency, max_error, "
+        "min_metric_kept"
     )
 
 
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"objective": "fast"}, "unknown objective 'fast': choose one of weight, utilized, output, fisher"),
+        ({"objective": "fast"}, "unknown objective 'fast': choose one of auto, weight, utilized, output, fisher"),
         ({"rank_multiple": 0}, "rank_multiple must be at least 1, not 0"),
         ({"batch": 0}, "batch must be at least 1, not 0"),
         ({"batch": -3}, "batch must be at least 1, not -3"),
@@ -61,6 +62,9 @@ def test_an_unknown_target_lists_the_known_ones() -> None:
         ({"margin": 0.0}, "margin must be above 0 and at most 1, not 0.0"),
         ({"margin": 1.01}, "margin must be above 0 and at most 1, not 1.01"),
         ({"margin": math.nan}, "margin must be above 0 and at most 1, not nan"),
+        ({"forms": frozenset({"pair", "star"})}, "unknown form 'star': choose of pair, block, shared, width"),
+        ({"allocation": "fair"}, "unknown allocation 'fair': choose one of global, uniform"),
+        ({"rounds": -1}, "rounds must be at least 0, not -1"),
         ({"ranks": {"*fc1": 8, "head": 0}}, "the rank for 'head' must be at least 1, not 0"),
     ],
 )
@@ -72,6 +76,6 @@ def test_a_setting_out_of_range_is_refused(setting: dict[str, Any], message: str
 
 
 def test_the_ends_of_every_range_are_allowed() -> None:
-    config = Config(rank_multiple=1, batch=1, holdout_every=2, margin=1, ranks={"*": 1})
+    config = Config(rank_multiple=1, batch=1, holdout_every=2, margin=1, ranks={"*": 1}, rounds=0, forms=frozenset())
     assert (config.rank_multiple, config.batch, config.holdout_every, config.margin) == (1, 1, 2, 1)
     assert config.target == Target()

@@ -18,8 +18,9 @@ from onnxlr.api import calibrate
 from onnxlr.calibrate import weight_gradients
 from onnxlr.config import Config, Target
 from onnxlr.errors import StatsError
-from onnxlr.factorize import SHRINKAGE, FisherDecomposition, OutputDecomposition
+from onnxlr.factorize import SHRINKAGE, Gain, OutputDecomposition
 from onnxlr.gram import Moments, Stats
+from onnxlr.layer import Layer
 from onnxlr.model_io import Model, from_proto
 from onnxlr.sites import take_inventory
 
@@ -83,7 +84,7 @@ def test_the_damage_is_the_error_that_the_gradients_weigh(d_in: int, d_out: int,
     moments, gradients = Moments.of(x @ weight if observed else x), Moments.of(g)
     gram = gradients.second
     gram = gram + SHRINKAGE * np.trace(gram) / d_out * np.eye(d_out)
-    fisher = FisherDecomposition(weight, moments, gradients, observed_output=observed)
+    fisher = Layer(weight, moments, observed_output=observed, gain=Gain.of(gradients)).decompose()
     plain = OutputDecomposition(weight, moments, observed_output=observed)
 
     def lost(pair: Any) -> float:
@@ -125,7 +126,7 @@ def test_moments_with_gradients_are_reused_and_asked_for() -> None:
     again, direct = onnxlr.compress(model, feeds, config, stats=stats), onnxlr.compress(model, feeds, config)
     assert [weight.rank for weight in again.weights] == [weight.rank for weight in direct.weights]
     assert again.validation == direct.validation
-    without = calibrate(model, feeds, Config(threads=1))
+    without = calibrate(model, feeds, Config(objective="output", threads=1))
     with pytest.raises(StatsError, match=r"hold no gradients: gather them with `onnxlr calibrate --objective fisher`"):
         onnxlr.compress(model, feeds, config, stats=without)
 

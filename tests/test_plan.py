@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxlr.plan import BudgetTooSmall, Option, allocate, lower_hull, pair_ranks
+from onnxlr.plan import BudgetTooSmall, Option, allocate, lower_hull
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -38,29 +38,6 @@ def damage(chosen: Mapping[str, Option]) -> float:
 def optimum(options: Mapping[str, Sequence[Option]], budget: float) -> float:
     every = itertools.product(*options.values())
     return min(sum(o.damage for o in choice) for choice in every if sum(o.cost for o in choice) <= budget)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    d_in=st.integers(1, 3000),
-    d_out=st.integers(1, 3000),
-    multiple=st.integers(1, 64),
-    margin=st.floats(0.05, 1.0),
-)
-def test_pair_ranks_are_the_multiples_below_the_break_even(d_in: int, d_out: int, multiple: int, margin: float) -> None:
-    ranks = pair_ranks(d_in, d_out, multiple, margin)
-    assert ranks == [multiple * (index + 1) for index in range(len(ranks))]
-    share, following = margin * d_in * d_out, multiple * (len(ranks) + 1)
-    assert all(rank * (d_in + d_out) <= share * (1 + 1e-12) for rank in ranks)
-    assert following * (d_in + d_out) > share * (1 - 1e-12)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "ranks"),
-    [((64, 64, 16, 1.0), [16, 32]), ((64, 64, 16, 0.85), [16]), ((8, 8, 16, 1.0), []), ((6, 3, 1, 1.0), [1, 2])],
-)
-def test_pair_ranks_by_hand(arguments: tuple[int, int, int, float], ranks: list[int]) -> None:
-    assert pair_ranks(*arguments) == ranks
 
 
 def on_lower_hull(option: Option, options: Sequence[Option]) -> bool:

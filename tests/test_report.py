@@ -38,6 +38,7 @@ CUT = WeightReport(
     sites=("/blocks.0/fc1/MatMul", "/blocks.1/fc1/MatMul"),
     d_in=384,
     d_out=1536,
+    form="pair",
     rank=64,
     reason="max-error 0.05",
     parameters=589_824,
@@ -53,6 +54,7 @@ KEPT = replace(
     name="head.weight",
     sites=("/head/Gemm",),
     d_out=10,
+    form="dense",
     rank=None,
     reason="max-error 0.05 is best met with it dense",
     parameters=3840,
@@ -71,7 +73,8 @@ def report(**changes: Any) -> Report:
         model="vit.onnx",
         fingerprint="0" * 64,
         output="small.onnx",
-        config=asdict(Config(ranks={"*fc2": 32}, include=("*fc*",))),
+        config=asdict(Config(objective="output", ranks={"*fc2": 32}, include=("*fc*",))),
+        objective_reason="",
         samples=4096,
         held_out=512,
         before=ModelFigures(1_234_567, 8_900_000_000, 4_938_268, 12.5, 0.8834),
@@ -159,20 +162,34 @@ def test_the_figures_of_both_models_are_side_by_side(verbose: bool) -> None:
     assert "Parity on 512 held-out samples" in text
     assert row(text, "logits") == ["0.0312", "0.25", "0.015", "0.999512", "0.9875"]
     assert row(text, "label") == ["-", "-", "-", "-", "0.7500"]
-    assert "1 of 2 weights factored, 1 kept dense, 1 linear operators not supported" in text
+    assert "1 of 2 weights compressed (1 as pairs), 1 kept dense, 1 linear operators not supported" in text
     assert "warning: blocks.0.fc1.weight: 300 calibration rows for 384 dimensions" in text
     assert "15.6 s (calibrate 12.3, search 3.2), peak memory 1500 MB" in text
     assert "written to small.onnx" in text
+
+
+def test_the_forms_are_counted() -> None:
+    forms = ("pair", "block", "block with a shared first factor", "pair of 96 hidden units", "dense of 96 hidden units")
+    text = shown(render_report(report(weights=(KEPT, *(replace(CUT, form=form) for form in forms))), verbose=True))
+    assert "5 of 6 weights compressed (2 as pairs, 2 as blocks, 1 narrowed), 1 kept dense" in text
+    for form in forms:
+        assert form in text
+
+
+def test_an_objective_that_was_left_open_says_why_it_is_that_one() -> None:
+    why = "the moments hold no gradients"
+    assert f"objective output: {why}\n" in shown(render_report(report(objective_reason=why), verbose=False))
+    assert "objective output:" not in shown(render_report(report(), verbose=False))
 
 
 def test_every_weight_has_its_reason_where_one_asks() -> None:
     text = shown(render_report(report(), verbose=True))
     sites = "/blocks.0/fc1/MatMul, /blocks.1/fc1/MatMul"
     assert row(text, f"{CUT.name}  {sites}") == [
-        "384", "x", "1536", "64", "20.8%", "0.9877", "0.0123", "max-error", "0.05"]  # fmt: skip
+        "384", "x", "1536", "pair", "64", "20.8%", "0.9877", "0.0123", "max-error", "0.05"]  # fmt: skip
     kept = row(text, KEPT.name)
-    assert kept[:8] == ["/head/Gemm", "384", "x", "10", "dense", "100.0%", "1.0000", "-"]
-    assert " ".join(kept[8:]) == KEPT.reason
+    assert kept[:9] == ["/head/Gemm", "384", "x", "10", "dense", "-", "100.0%", "1.0000", "-"]
+    assert " ".join(kept[9:]) == KEPT.reason
     assert "reasons with -v" not in text
     brief = shown(render_report(report(), verbose=False))
     assert "reasons with -v or in the report" in brief

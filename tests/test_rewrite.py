@@ -13,10 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import FORMS, Form, gemm_forms, matmul_forms, parsed, random, relative, run
 
+from onnxlr.costs import Parameters
 from onnxlr.errors import OnnxlrError
-from onnxlr.factorize import Factors, WeightDecomposition
+from onnxlr.factorize import WeightDecomposition
+from onnxlr.forms import Stored, pair_products
 from onnxlr.model_io import load, save
-from onnxlr.rewrite import pair_parameters, rewrite
+from onnxlr.rewrite import rewrite
 from onnxlr.sites import parameter_count, take_inventory
 
 if TYPE_CHECKING:
@@ -29,9 +31,14 @@ if TYPE_CHECKING:
 TOLERANCE = {"float16": 5 * 2.0**-11, "float32": 1e-5, "float64": 1e-12}
 
 
-def full_rank(inventory: Inventory, weight: Weight, bias: np.ndarray[Any, Any] | None = None) -> Factors:
+def full_rank(inventory: Inventory, weight: Weight, bias: np.ndarray[Any, Any] | None = None) -> Stored:
     factors = WeightDecomposition(inventory.matrix(weight)).cut(min(weight.d_in, weight.d_out))
-    return Factors(factors.first, factors.second, bias)
+    return Stored(factors.first, factors.second, bias)
+
+
+def price(inventory: Inventory, weight: Weight, rank: int, *, corrected: bool) -> float:
+    products = pair_products(weight.d_in, weight.d_out, rank)
+    return Parameters(inventory).form(weight, products, moved=0, corrected=corrected)
 
 
 def check(model: Model) -> None:
@@ -55,24 +62,20 @@ def test_full_rank_is_the_dense_model_and_a_correction_is_added_to_it(form: Form
     check(plain)
     assert relative(dense, run(plain, x=form.x)["y"]) < tolerance
     idle = _multiplied_by_zero(inventory)
-    assert parameter_count(plain) == before - weight.parameters - idle + pair_parameters(
-        inventory, weight, 5, corrected=False
-    )
+    assert parameter_count(plain) == before - weight.parameters - idle + price(inventory, weight, 5, corrected=False)
 
     correction = random(9, weight.d_out, dtype=np.float64)
     corrected = rewrite(inventory, {weight.name: full_rank(inventory, weight, correction)})
     check(corrected)
     expected = dense.astype(np.float64) + form.on_output(correction)
     assert relative(expected, run(corrected, x=form.x)["y"]) < tolerance
-    assert parameter_count(corrected) == before - weight.parameters - idle + pair_parameters(
-        inventory, weight, 5, corrected=True
-    )
+    assert parameter_count(corrected) == before - weight.parameters - idle + price(inventory, weight, 5, corrected=True)
 
     for model in (plain, corrected):
         assert model.proto.graph.output == form.model.proto.graph.output
         assert not {"w", *((site.bias.tensor,) if site.bias and model is corrected else ())} & stored(model).keys()
         makers = {node.output[0]: node for node in model.proto.graph.node}
-        inserted = model is corrected and site.bias is None and (site.op == "MatMul" or site.opaque_addend)
+        inserted = model is corrected and site.bias is None
         assert (makers[site.output].op_type == "Add") == inserted
         second = makers[f"{site.output}/product" if inserted else site.output]
         hidden = f"{site.output}.lr_hidden"
@@ -110,7 +113,7 @@ def test_a_rewritten_model_computes_x_a_b(
     a, b = random(seed, shape[0], rank, dtype=np.float64), random(seed + 1, rank, shape[1], dtype=np.float64)
     bias = random(seed + 2, shape[1], dtype=np.float64) if corrected else None
     inventory = take_inventory(form.model)
-    model = rewrite(inventory, {"w": Factors(a, b, bias)})
+    model = rewrite(inventory, {"w": Stored(a, b, bias)})
     expected = form.algebra(form.x, a @ b) + (0.0 if bias is None else form.on_output(bias))
     assert relative(expected, run(model, x=form.x)["y"]) < 1e-5
 
@@ -125,6 +128,7 @@ def test_bfloat16_factors_are_stored_as_such() -> None:
     arrays = stored(compressed)
     assert arrays.keys() == {"w.lr_first", "w.lr_second", "p.lr_bias"}
     for name, exact in (("w.lr_first", factors.first), ("w.lr_second", factors.second)):
+        assert exact is not None
         assert arrays[name].dtype == ml_dtypes.bfloat16
         assert np.array_equal(arrays[name], exact.astype(ml_dtypes.bfloat16))
     assert np.array_equal(arrays["p.lr_bias"], (weights["b"].astype(np.float64) + 1).astype(ml_dtypes.bfloat16))
@@ -202,7 +206,7 @@ def test_tied_sites_share_one_copy_of_the_factors_in_each_layout() -> None:
         names = [name for name in stored(result) if ".lr_first" in name]
         # right, left, and with a leading axis
         assert len(names) == 3
-        predicted = pair_parameters(inventory, weight, 5, corrected=corrected)
+        predicted = price(inventory, weight, 5, corrected=corrected)
         # k is read by a Gemm and by an Add that is no bias, so it stays
         assert parameter_count(result) == parameter_count(model) - weight.parameters + predicted
         assert predicted == 3 * 5 * 10 + 5 * 5 * corrected
@@ -214,8 +218,8 @@ def test_the_pairs_of_one_layout_are_stored_once() -> None:
     model = parsed("(float[N, 6] x) => (float[N, 6] y)", body, w=w)
     inventory = take_inventory(model)
     (weight,) = inventory.weights
-    result = rewrite(inventory, {"w": WeightDecomposition(w.astype(np.float64)).cut(2)})
-    assert parameter_count(result) == pair_parameters(inventory, weight, 2, corrected=False) == 2 * 12
+    result = rewrite(inventory, {"w": Stored.pair(WeightDecomposition(w.astype(np.float64)).cut(2))})
+    assert parameter_count(result) == price(inventory, weight, 2, corrected=False) == 2 * 12
 
 
 def test_a_bias_that_others_read_is_not_changed_for_them() -> None:
@@ -229,7 +233,7 @@ def test_a_bias_that_others_read_is_not_changed_for_them() -> None:
     dense, outputs = run(model, x=x), run(result, x=x)
     assert relative(dense["y"] + 10, outputs["y"]) < 1e-5
     assert relative(np.maximum(outputs["y"], 0) + random(2, 5), outputs["z"]) < 1e-6
-    predicted = pair_parameters(inventory, weight, 5, corrected=True)
+    predicted = price(inventory, weight, 5, corrected=True)
     assert parameter_count(result) == parameter_count(model) - weight.parameters + predicted
     assert predicted == 5 * 11 + 5
 
@@ -254,12 +258,12 @@ def test_what_overflows_fp16_is_an_error_that_names_the_site(which: str) -> None
     )
     inventory = take_inventory(model)
     arrays = {"first": np.ones((6, 2)), "second": np.ones((2, 5)), "bias": np.ones(5)}
-    rewrite(inventory, {"w": Factors(**arrays)})
+    rewrite(inventory, {"w": Stored(**arrays)})
     arrays[which][-1] = 65520  # half way above the largest number, 65504, and rounded to infinity
     with pytest.raises(
         OnnxlrError, match=r"a factor of 'layer' overflows float16: leave it out with --exclude 'layer'"
     ):
-        rewrite(inventory, {"w": Factors(**arrays)})
+        rewrite(inventory, {"w": Stored(**arrays)})
 
 
 @pytest.mark.parametrize("body", ["y = MatMul(x, w)", "y = Gemm<transB = 0>(x, w)", "p = MatMul(x, w) y = Add(p, b)"])

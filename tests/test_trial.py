@@ -12,7 +12,8 @@ from models import FORMS, Form, parsed, random, relative, run
 
 from onnxlr.config import Config
 from onnxlr.factorize import Factors, WeightDecomposition
-from onnxlr.rewrite import rewrite
+from onnxlr.forms import Stored
+from onnxlr.rewrite import rewrite as rewritten
 from onnxlr.session import Session
 from onnxlr.sites import take_inventory
 from onnxlr.trial import Trial
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from onnxlr.model_io import Model
+    from onnxlr.sites import Inventory
 
     Array = np.ndarray[Any, Any]
 
@@ -58,6 +60,10 @@ def factors_of(ranks: Mapping[str, int], corrected: bool, seed: int = 0) -> dict
         bias = 0.3 * random(seed + index, by_name[name].d_out, dtype=np.float64) if corrected else None
         found[name] = Factors(pair.first, pair.second, bias)
     return found
+
+
+def rewrite(inventory: Inventory, factors: Mapping[str, Factors]) -> Model:
+    return rewritten(inventory, {name: Stored.pair(pair) for name, pair in factors.items()})
 
 
 def error_of(candidate: Model, count: int = len(X)) -> float:

@@ -27,7 +27,9 @@ ELEMENTWISE = frozenset(
         "Swish", "Tanh", "ThresholdedRelu",
     }
 )  # fmt: skip
-"""Operators that act on every element alone, in ONNX's domain or com.microsoft."""
+"""Operators that act on every element alone."""
+DOMAINS = frozenset({"", "ai.onnx", "com.microsoft", None})
+"""Where these names mean that; a model may have functions and custom operators of the same names elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,7 @@ def _chain(
             producers[maker.name] = maker
             continue
         node = tensor.inputs[0]
-        if node.op not in ELEMENTWISE or len(node.outputs) != 1:
+        if node.op not in ELEMENTWISE or node.domain not in DOMAINS or len(node.outputs) != 1:
             return None
         between.append(node)
         for value in node.inputs:
@@ -113,6 +115,8 @@ def _chain(
     own = {id(node) for node in between} | {id(nodes[site.output])}
     if not producers or any(id(reader) not in own for name in tensors for reader in view.tensors[name].outputs):
         return None
+    if not _own_values(constants, producers.values(), between, view):
+        return None
     ordered = sorted(producers.values(), key=lambda weight: list(makers).index(weight.sites[0].output))
     return Chain(
         tuple(weight.name for weight in ordered),
@@ -121,6 +125,24 @@ def _chain(
         frozenset(tensors),
         tuple(sorted(constants.items())),
     )
+
+
+def _own_values(
+    constants: Iterable[str], producers: Iterable[Weight], between: Sequence[gs.Node], view: GraphView
+) -> bool:
+    """Whether the values a unit go where their units go: what others read as well would stay, beside its narrower copy.
+
+    A bias is laid out with its layer, so nothing but the node that adds it may read it.
+    """
+    biases = {maker.sites[0].bias.tensor for maker in producers if maker.sites[0].bias}
+    for name in {*constants, *biases}:
+        for origin in view.origins(view.tensors[name]):
+            readers = list(view.final_readers(origin))
+            if name in biases and len(readers) > 1:
+                return False
+            if name not in biases and not all(any(reader is node for node in between) for reader in readers):
+                return False
+    return True
 
 
 def _unit_axis(shape: tuple[int, ...], width: int) -> int | None:
