@@ -15,13 +15,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 # before torch itself: where that is missing, this import says what to install
-from onnxlr.torch_graph import check_parity, to_array, to_tensor, to_torch
+from onnxlr.torch_graph import check_parity, to_tensor, to_torch
 
 # isort: split
 import numpy as np
 import torch
 
-from onnxlr.calibrate import gradient_key, mask_of, rows_of
+from onnxlr.calibrate import gradient_key, mask_of
 from onnxlr.data import batches, sample_count
 from onnxlr.errors import DataError, ModelError
 from onnxlr.gram import Moments
@@ -98,14 +98,26 @@ def gradient_moments(
         for name, gradient in zip(reached, gradients, strict=True):
             if gradient is None:
                 continue
-            moments = Moments.of(rows_of(to_array(gradient), sites[name], mask))
-            if not torch.isfinite(gradient).all():
+            moments = _moments(gradient, sites[name], mask)
+            if not np.isfinite(moments.gram).all():
                 raise DataError(f"the gradient at {name!r} is not finite: use --objective output")
             key = gradient_key(name)
             sums[key] = sums[key] + moments if key in sums else moments
         progress(sample_count(feed, inputs))
         first += sample_count(feed, inputs)
     return sums
+
+
+def _moments(gradient: Any, axis: int, mask: NDArray[Any] | None) -> Moments:
+    """The moments of one batch, on the device where it is; probes are noisier by far than float32."""
+    if gradient.ndim > 1:
+        gradient = gradient.movedim(axis, -1)
+    rows = gradient.reshape(-1, gradient.shape[-1]).float()
+    real = None if mask is None else token_rows(mask, tuple(gradient.shape))
+    if real is not None:
+        rows = rows[torch.from_numpy(real.copy()).to(rows.device)]
+    total, gram = (array.double().cpu().numpy() for array in (rows.sum(0), rows.T @ rows))
+    return Moments(len(rows), total, gram)
 
 
 def cross_entropy(outputs: Mapping[str, Any], labels: Any) -> Any:
