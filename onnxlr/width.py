@@ -57,7 +57,7 @@ class Elimination:
 
     def _eliminate(self, value: Matrix, step: int) -> Index:
         """The units, first to go first; fills the damages by number of units kept."""
-        inverse = np.asfortranarray(scipy.linalg.inv(self._covariance, check_finite=False))
+        inverse = np.asfortranarray(np.linalg.inv(self._covariance))
         value = value.copy()
         units = np.arange(len(value))
         gone: list[Index] = []
@@ -72,19 +72,12 @@ class Elimination:
             size = count % step or step
             pool = alive[np.argsort(scores, kind="stable")[: POOL * size]]
             going = pool[_cheapest(inverse[np.ix_(pool, pool)], value[pool], size)]
-            block = scipy.linalg.cho_factor(inverse[np.ix_(going, going)], check_finite=False)
-            lost = scipy.linalg.cho_solve(block, value[going], check_finite=False)
+            block = np.linalg.inv(inverse[np.ix_(going, going)])
+            lost = block @ value[going]
             damage += float(np.sum(value[going] * lost))
             across = inverse[:, going]
             value -= across @ lost
-            inverse = scipy.linalg.blas.dgemm(
-                -1.0,
-                across,
-                scipy.linalg.cho_solve(block, across.T, check_finite=False),
-                1.0,
-                inverse,
-                overwrite_c=True,
-            )
+            inverse = scipy.linalg.blas.dgemm(-1.0, across, block @ across.T, 1.0, inverse, overwrite_c=True)
             gone.append(units[going])
             units[going] = -1
             count -= size
