@@ -81,7 +81,8 @@ class Config:
     allocation
         One budget for the whole model, or the same share for every weight.
     rounds
-        How often importances are measured again at the plan that was found, as long as that makes it better.
+        How often importances are measured again at the plan that was found, where it errs otherwise than predicted and
+        as long as that makes it better.
     batch
         Samples in a batch, where the model's batch axis is free.
     holdout_every

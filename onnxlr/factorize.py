@@ -21,10 +21,10 @@ utilized
 
 fisher
     The error of the network's output instead of the layer's own. With `G` the moments of the network's gradients at the
-    layer's output (see `onnxlr.fisher`) and `V` the `r` leading eigenvectors of `G^1/2 S G^1/2`, `A = W G^1/2 V`,
-    `B = V^T G^-1/2`, and the bias takes over the mean of what is cut off. Loses the tail of those eigenvalues, the
+    layer's output (see `onnxlr.fisher`), `G = L L^T` and `V` the `r` leading eigenvectors of `L^T S L`, `A = W L V`,
+    `B = V^T L^-1`, and the bias takes over the mean of what is cut off. Loses the tail of those eigenvalues, the
     expected squared change of the network's output. `G` is regularised by `SHRINKAGE * tr(G) / d_out` on its diagonal.
-    It is the objective "output" for the weight `W G^1/2`, mapped back.
+    It is the objective "output" for the weight `W L`, mapped back.
 """
 
 from __future__ import annotations
@@ -163,6 +163,8 @@ class OutputDecomposition(_Ordered):
         return eigen(covariance + ridge * energy / max(np.trace(gram), np.finfo(np.float64).tiny) * gram)
 
     def _of_input(self, covariance: Matrix, ridge: float, floor: float) -> Spectrum:
+        if self._weight.shape[1] < self._weight.shape[0]:
+            return self._of_output(self._weight.T @ covariance @ self._weight, ridge, floor)
         squared = max(float(np.sum(self._weight**2)), np.finfo(np.float64).tiny)
         energy = float(np.sum(self._weight * (covariance @ self._weight)))
         if energy <= floor:
@@ -178,12 +180,12 @@ class OutputDecomposition(_Ordered):
 
 
 class WeighedDecomposition:
-    """Another decomposition, of `W G^1/2`, mapped back: errors of the output are weighed by `G`.
+    """Another decomposition, of `W L`, mapped back: errors of the output are weighed by `G = L L^T`.
 
     Parameters
     ----------
     inner
-        The decomposition of `W G^1/2`.
+        The decomposition of `W L`.
     gain
         `G` [d_out, d_out].
     """
@@ -237,18 +239,18 @@ class Gain:
         return Gain(self._gram[np.ix_(features, features)])
 
     @cached_property
-    def _spectrum(self) -> Spectrum:
-        return eigen(self._gram)
-
-    @cached_property
     def root(self) -> Matrix:
-        """`G^1/2`, symmetric."""
-        return (self._spectrum.vectors * np.sqrt(self._spectrum.values)) @ self._spectrum.vectors.T
+        """A lower triangular `L` with `L L^T = G`: the weighed error is `|e L|^2`."""
+        lower: Matrix = scipy.linalg.cholesky(self._gram, lower=True, check_finite=False)
+        return lower
 
     @cached_property
     def inverse_root(self) -> Matrix:
-        """`G^-1/2`, symmetric."""
-        return (self._spectrum.vectors / np.sqrt(self._spectrum.values)) @ self._spectrum.vectors.T
+        """`L^-1`."""
+        inverse: Matrix = scipy.linalg.solve_triangular(
+            self.root, np.eye(len(self._gram)), lower=True, check_finite=False
+        )
+        return inverse
 
 
 class UtilizedDecomposition:

@@ -1,8 +1,8 @@
 """Which weights are cut, and how, so that a target is met.
 
 A budget (`keep_params`, `keep_macs`, `max_latency`) is allocated over the whole model by `onnxlr.plan`, by what each
-weight's cut does to the model's outputs (`onnxlr.importance`). That is measured again at the plan that was found, in
-rounds; a round's plan is kept if it is better on the same samples.
+weight's cut does to the model's outputs (`onnxlr.importance`). Where the error that a plan predicts is off, that is
+measured again at the plan, in rounds; a round's plan is kept if it is better on the same samples.
 
 A bound on the error or the task metric is met by bisection over the budget; every step runs the whole plan on held-out
 data, so the prediction only ranks the plans and never vouches for one.
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 SEARCH_STEPS = 10
 """Plans tried in a search: the smallest model is found to within 0.2% of the range of budgets."""
+TRUSTED = 1.25
+"""By what factor a predicted error may be off before importances are measured again."""
 EVEN_STEPS = 12
 """Bisections of the share that all groups keep alike: to within 0.025%."""
 ROUNDING = 1 + 1e-13
@@ -208,6 +210,8 @@ class Chooser:
         """
         best = self._search(self._planner(), limit)
         for _ in range(self._config.rounds):
+            if not self._mispredicted(best):
+                break
             kept = self._importance
             self._importance = measure_again(
                 best, self._groups, kept, self._trial, self._probed, lambda done: self._progress("rounds", done, None)
@@ -236,6 +240,12 @@ class Chooser:
 
     def _factors(self, choice: Choice) -> dict[str, Factors]:
         return factors(list(self._parts.values()), choice.store(False))
+
+    def _mispredicted(self, choice: Choice) -> bool:
+        """Whether the predicted error is off by more than `TRUSTED` on the samples that it was predicted from."""
+        predicted = sum(choice.damages.values()) ** 0.5
+        measured = self._trial.error(self._factors(choice), self._probed)
+        return not measured / TRUSTED <= predicted <= measured * TRUSTED
 
     def _better(self, found: Choice, best: Choice) -> bool:
         """Whether a choice for the same target errs less or, where the error is the target, costs less."""

@@ -4,9 +4,9 @@ The input of `y = z W + b`, `z [n, H]`, `W [H, d_out]`, is made unit by unit by 
 `z = act(x W_1 + b_1)`: a unit that is dropped takes a column of `W_1` and a row of `W` with it. With `C` the covariance
 of `z` and `K` the units kept, the best weight for them is the least-squares solution `W_K = C_KK^-1 C_K: W`, and the
 bias takes over the mean of what is lost. With `P = C^-1` over the units still there and `V` the current weight times
-`G^1/2` (what errors of `y` weigh), dropping a set `R` loses `tr(V_R^T (P_RR)^-1 V_R)`; a single unit `|V_i|^2 / P_ii`.
-That is Optimal Brain Surgeon (Hassibi and Stork 1992) for a layer's output; MoDeGPT (Lin et al. 2024) meets the same
-solution as a Nystroem approximation.
+`L` (errors of `y` weigh `G = L L^T`), dropping a set `R` loses `tr(V_R^T (P_RR)^-1 V_R)`, and a single unit
+`|V_i|^2 / P_ii`. That is Optimal Brain Surgeon (Hassibi and Stork 1992) for a layer's output; MoDeGPT (Lin et al. 2024)
+meets the same solution as a Nystroem approximation.
 
 Units are eliminated backwards, the cheapest first, and `P` and `V` follow exactly. `step` units go at a time: picked
 one by one, exactly, among a pool of the cheapest, then taken out of the large matrices together.
@@ -43,7 +43,7 @@ class Elimination:
     moments
         Of the rows of `z` [H]; None without data: units are then told apart by their weights alone.
     root
-        `G^1/2 [d_out, d_out]`; None where all errors of the output weigh the same.
+        `L [d_out, d_out]`; None where all errors of the output weigh the same.
     step
         Units that go at a time: the widths on offer are the multiples of `step` below `H`.
     """

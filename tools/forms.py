@@ -53,7 +53,11 @@ class Bench:
         self.minilm = arguments.model == "minilm"
         folder = arguments.folder if self.minilm else SAMPLE
         self.path = folder / ("minilm.onnx" if self.minilm else "model.onnx")
-        self.base = onnxlr.Config(rank_multiple=arguments.rank_multiple, mask="attention_mask" if self.minilm else None)
+        self.base = onnxlr.Config(
+            rank_multiple=arguments.rank_multiple,
+            mask="attention_mask" if self.minilm else None,
+            threads=arguments.threads,
+        )
         self.case = prepare(self.path, folder / "calib", self.base, onnxlr.ImageOptions())
         test = open_data(folder / "test", self.case.inputs, images=onnxlr.ImageOptions())
         size = 16 if self.minilm else 100
@@ -67,7 +71,7 @@ class Bench:
         self.stats = {"weight": None, "utilized": utilized, "output": fisher, "fisher": fisher}
 
     def _outputs(self, model: onnxlr.Model) -> list[dict[str, np.ndarray]]:
-        session = Session(model)
+        session = Session(model, threads=self.base.threads)
         return [session.run(feed) for feed in self.test]
 
     def measure(self, model: onnxlr.Model) -> tuple[float, float]:
@@ -124,6 +128,7 @@ def main() -> None:
     parser.add_argument("--rank-multiple", type=int, default=8)
     parser.add_argument("--shares", default="0.75,0.5,0.25")
     parser.add_argument("--objectives", default="weight,utilized,output,fisher")
+    parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=0)
     parser.add_argument("--scatter", type=Path)
     arguments = parser.parse_args()
