@@ -65,6 +65,18 @@ def test_a_saturating_output_is_probed_before_it() -> None:
     assert close(found["h:gradient"], scale * np.eye(4), 0.3)
 
 
+def test_bfloat16_gives_the_same_moments_up_to_its_rounding() -> None:
+    w, v = random(1, 16, 12), random(2, 12, 8)
+    model = parsed("(float[N, 16] x) => (float[N, 8] y)", "h = MatMul(x, w) t = Tanh(h) y = MatMul(t, v)", w=w, v=v)
+    feeds = [{"x": random(3, 200, 16)}]
+    exact = gradients_of(model, feeds)
+    with torch.autocast("cpu", torch.bfloat16):  # as on a GPU that has it
+        rounded = gradients_of(model, feeds)
+    for name, moments in exact.items():
+        assert not np.array_equal(rounded[name], moments)
+        assert close(rounded[name], moments, 0.03)
+
+
 def test_padding_has_no_gradient() -> None:
     signature = "(float[N, S, 6] x, int64[N, S] mask) => (float[N, S, 5] y)"
     model = parsed(signature, "h = MatMul(x, w) y = Relu(h)", w=random(1, 6, 5))

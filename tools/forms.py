@@ -44,6 +44,7 @@ FORMS = {
     "width": frozenset({"pair", "width"}),
     "all": frozenset({"pair", "shared", "block", "width"}),
 }
+COLOURS = {"weight": "#b0b0b0", "utilized": "#e08a2e", "output": "#1f6fb4", "fisher": "#2a9d5c"}
 
 
 class Bench:
@@ -130,19 +131,21 @@ def main() -> None:
     parser.add_argument("--objectives", default="weight,utilized,output,fisher")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=0)
-    parser.add_argument("--scatter", type=Path)
+    parser.add_argument("--scatter", type=Path, help="draw predicted beside measured errors")
+    parser.add_argument("--figure", type=Path, help="draw errors and metric over the share")
     arguments = parser.parse_args()
 
     bench = Bench(arguments)
     shares = [float(share) for share in arguments.shares.split(",")]
     points: list[tuple[str, float, float]] = []
+    curves: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
     print("| share | objective | allocation | " + " | ".join(FORMS) + " |")
     print("|---|---|---|" + "---|" * len(FORMS), flush=True)
     for name in arguments.objectives.split(","):
         objective = Objective(bench, name)
         for share, allocation in product(shares, ("uniform", "global")):
             cells = []
-            for forms in FORMS.values():
+            for label, forms in FORMS.items():
                 if name == "utilized" and forms & {"shared", "width"}:
                     cells.append("-")
                     continue
@@ -155,12 +158,39 @@ def main() -> None:
                 cells.append(f"{error:.4f} ({100 * metric:.2f})")
                 if allocation == "global":
                     points.append((name, predicted(choice), error))
+                    curves.setdefault((name, label), []).append((share, error, metric))
             print(f"| {share:.0%} | {name} | {allocation} | " + " | ".join(cells) + " |", flush=True)
     if arguments.scatter:
-        draw(points, arguments.scatter)
+        draw_scatter(points, arguments.scatter)
+    if arguments.figure:
+        draw_curves(curves, arguments.figure)
 
 
-def draw(points: list[tuple[str, float, float]], path: Path) -> None:
+def draw_curves(curves: dict[tuple[str, str], list[tuple[float, float, float]]], path: Path) -> None:
+    """Error and metric over the share of the linear layers' parameters kept, ranks allocated globally."""
+    import matplotlib as mpl
+    import matplotlib.pyplot as plt
+
+    mpl.rcParams["svg.hashsalt"] = "onnxlr"  # the same figures give the same file
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for name, label in [*((name, "pair") for name in COLOURS), ("output", "all"), ("fisher", "all")]:
+        if (name, label) in curves:
+            shares, errors, metrics = zip(*sorted(curves[name, label]), strict=True)
+            style = "o-" if label == "all" else "o--"
+            legend = f"{name}, {'all forms' if label == 'all' else 'pairs'}"
+            left.plot([100 * share for share in shares], errors, style, color=COLOURS[name], label=legend)
+            right.plot([100 * share for share in shares], [100 * m for m in metrics], style, color=COLOURS[name])
+    left.set(xlabel="linear parameters kept, %", ylabel="relative error of the outputs", yscale="log")
+    right.set(xlabel="linear parameters kept, %", ylabel="task metric on test data, %")
+    for axes in (left, right):
+        axes.invert_xaxis()
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+    left.legend(frameon=False, fontsize=8)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def draw_scatter(points: list[tuple[str, float, float]], path: Path) -> None:
     """Predicted beside measured error."""
     import matplotlib as mpl
     import matplotlib.pyplot as plt
