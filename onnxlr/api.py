@@ -92,7 +92,7 @@ def calibrate(
         As `prepare`; DataError for values that are not finite, naming the tensor.
     """
     config = config or Config()
-    return gather(prepare(model, calib, config, images or ImageOptions()), config, progress)[0]
+    return gather(prepare(model, calib, config, images or ImageOptions()), config, progress)
 
 
 def validate(

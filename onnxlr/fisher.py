@@ -21,9 +21,9 @@ from onnxlr.torch_graph import check_parity, to_array, to_tensor, to_torch
 import numpy as np
 import torch
 
-from onnxlr.calibrate import gradient_key, mask_of, rows_of
+from onnxlr.calibrate import INSTEAD, gradient_key, mask_of, rows_of
 from onnxlr.data import batches, sample_count
-from onnxlr.errors import DataError, ModelError
+from onnxlr.errors import ModelError
 from onnxlr.gram import Moments
 from onnxlr.metrics import load_function, token_rows
 
@@ -62,9 +62,8 @@ def gradient_moments(
     InstallError
         torch is not installed.
     ModelError
-        An operator has no gradient implementation (all are listed), parity fails, or no output is floating.
-    DataError
-        A gradient is not finite.
+        An operator has no gradient implementation (all are listed), parity fails, no output is floating, no gradient
+        reaches any site or one is not finite.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     graph = to_torch(model).to(device)
@@ -85,14 +84,14 @@ def gradient_moments(
         )
         floating = [tensors[name] for name in dict.fromkeys(probed.values()) if tensors[name].is_floating_point()]
         if not floating:
-            raise ModelError("no output of the model is floating, so nothing has a gradient: use --objective output")
+            raise ModelError(f"no output of the model is floating, so nothing has a gradient{INSTEAD}")
         if loss is None:
             total = sum(_probe(output, mask, generator) for output in floating)
         else:
             assert labels is not None
             own = torch.from_numpy(np.asarray(labels[first : first + sample_count(feed, inputs)])).to(device)
             total = loss({name: tensors[tensor] for name, tensor in probed.items()}, own)
-        reached = [name for name in sites if tensors[name].requires_grad]
+        reached = [name for name in sites if total.requires_grad and tensors[name].requires_grad]
         made = [tensors[name] for name in reached]
         gradients = torch.autograd.grad(total, made, allow_unused=True) if made else ()
         for name, gradient in zip(reached, gradients, strict=True):
@@ -100,11 +99,13 @@ def gradient_moments(
                 continue
             moments = Moments.of(rows_of(to_array(gradient), sites[name], mask))
             if not torch.isfinite(gradient).all():
-                raise DataError(f"the gradient at {name!r} is not finite: use --objective output")
+                raise ModelError(f"the gradient at {name!r} is not finite{INSTEAD}")
             key = gradient_key(name)
             sums[key] = sums[key] + moments if key in sums else moments
         progress(sample_count(feed, inputs))
         first += sample_count(feed, inputs)
+    if first and sites and not sums:
+        raise ModelError(f"no gradient reaches any weight{INSTEAD}")
     return sums
 
 

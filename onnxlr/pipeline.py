@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING
 
 from onnxlr.bench import compare_latency
 from onnxlr.calibrate import weight_gradients, weight_moments
-from onnxlr.case import gather, load_truth, prepare, quiet, require_held_out, require_same_division, require_same_model
+from onnxlr.case import (
+    gather,
+    load_truth,
+    prepare,
+    quiet,
+    require_held_out,
+    require_same_division,
+    require_same_model,
+    resolve,
+)
 from onnxlr.config import BUDGETS, Config
 from onnxlr.costs import Latency, Macs, Parameters
 from onnxlr.data import ImageOptions, batches, fixed_batch, sample_count, spread
@@ -121,9 +130,9 @@ def compress(
         require_same_division(require_same_model(stats, case.model), config)
     elif config.objective != "weight":
         with clock.stage("calibrate"):
-            stats, why = gather(case, config, progress, truth)
-    if config.objective == "auto":
-        config, why = _resolved(config, stats, why)
+            stats = gather(case, config, progress, truth)
+    if stats is not None:
+        config, why = resolve(config, stats)
     with clock.stage("prepare"):
         parts = parts_of(case, stats, config)
     plan, compressed, validation = _meet_target(case, parts, config, truth, clock, progress)
@@ -182,13 +191,6 @@ def _part(case: Case, weight: Weight, stats: Stats | None, config: Config) -> Pa
     unreached = config.objective == "fisher" and gradients is None
     note = "no gradient reaches it, so its own output's error is minimised; " if unreached else ""
     return Part(weight, layer, fixed, moments.count, moments.dim, note)
-
-
-def _resolved(config: Config, stats: Stats | None, why: str) -> tuple[Config, str]:
-    """The objective "auto" as the one that its moments allow, and why it is that one."""
-    if stats is not None and any(key.endswith(":gradient") for key in stats.moments):
-        return replace(config, objective="fisher"), "torch has the gradients of the model"
-    return replace(config, objective="output"), why or "the moments hold no gradients"
 
 
 def _meet_target(

@@ -203,6 +203,39 @@ def test_compress_with_stats_is_compress_bit_for_bit(
     assert "calibrate" not in second["seconds"]
 
 
+@pytest.fixture
+def without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if torch were not installed."""
+    for name in ("onnxlr.fisher", "onnxlr.torch_graph"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "torch", None)
+
+
+@pytest.mark.usefixtures("without_torch")
+def test_why_there_are_no_gradients_is_said_wherever_they_are_missed(
+    compress: Callable[..., Result], shelf: Path, tmp_path: Path
+) -> None:
+    moments, other = tmp_path / "m.safetensors", tmp_path / "other.safetensors"
+    command = ("calibrate", shelf / "mlp.onnx", "--calib", shelf / "calib", "--threads", 1, "--force")
+    document = figures(invoke(*command, "-o", moments, "--json"))
+    why = document["objective_reason"]
+    assert document["objective"] == "output"
+    assert "pip install 'onnxlr[torch]'" in why
+    assert f"objective output: {why}\n" in invoke(*command, "-o", moments).out
+    assert invoke(*command, "-o", other, "--objective", "output").out.endswith("objective output\n")
+    for options, expected in (
+        ((), why),
+        (("--stats", moments), why),
+        (("--stats", other), "the moments hold no gradients"),
+    ):
+        result = compress("--energy", 0.9, "--force", *options)
+        assert f"objective output: {expected}\n" in result.out
+        assert strict((tmp_path / "report.json").read_text())["objective_reason"] == expected
+    refused = compress("--energy", 0.9, "--force", "--objective", "fisher")
+    assert (refused.code, refused.out) == (1, "")
+    assert "pip install 'onnxlr[torch]'" in refused.err
+
+
 METRIC = """
 import numpy as np
 

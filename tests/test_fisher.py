@@ -16,8 +16,9 @@ from models import parsed, random
 import onnxlr
 from onnxlr.api import calibrate
 from onnxlr.calibrate import weight_gradients
+from onnxlr.case import resolve
 from onnxlr.config import Config, Target
-from onnxlr.errors import StatsError
+from onnxlr.errors import ModelError, StatsError
 from onnxlr.factorize import SHRINKAGE, Gain, OutputDecomposition
 from onnxlr.gram import Moments, Stats
 from onnxlr.layer import Layer
@@ -141,6 +142,42 @@ def test_a_weight_that_no_gradient_reaches_says_so() -> None:
     reasons = {weight.name: weight.reason for weight in report.weights}
     assert reasons["v"].startswith("no gradient reaches it, so its own output's error is minimised; ")
     assert reasons["w"].startswith("chosen for")
+
+
+LOOSE = {
+    "an output of another branch": "b = MatMul(x, v) k = ArgMax<axis = 1>(b) y = Relu(x)",
+    "an output without a gradient": "b = MatMul(x, v) k = ArgMax<axis = 1>(b) y = Cast<to = 1>(k)",
+}
+
+
+@pytest.mark.parametrize("body", LOOSE.values(), ids=LOOSE)
+def test_where_no_gradient_reaches_any_weight_the_message_says_so(body: str) -> None:
+    rng = np.random.default_rng(0)
+    model = parsed("(float[N, 64] x) => (float[N, M] y, int64[N, 1] k)", body, v=decaying(rng, 64, 48))
+    feeds = [{"x": random(1, 200, 64)}]
+    with pytest.raises(ModelError, match="no gradient reaches any weight: use --objective output"):
+        calibrate(model, feeds, FISHER)
+    config = Config(target=Target("energy", 0.5), rank_multiple=1, threads=1)
+    stats = calibrate(model, feeds, config)
+    for report in (onnxlr.compress(model, feeds, config), onnxlr.compress(model, feeds, config, stats=stats)):
+        assert report.config["objective"] == "output"
+        assert report.objective_reason == "no gradient reaches any weight"
+
+
+def test_an_objective_left_open_takes_what_gradients_there_are() -> None:
+    w, feeds = random(1, 12, 8), [{"x": random(2, 64, 12)}]
+    signature = "(float[N, 12] x) => (float[N, 8] y)"
+    reasons = {
+        "h = MatMul(x, w) y = Tanh(h)": ("fisher", "torch has the gradients of the model"),
+        "h = MatMul(x, w) y = Sqrt(h)": ("output", "the gradient at 'h' is not finite"),
+    }
+    for body, expected in reasons.items():
+        positive = np.abs(feeds[0]["x"]) * (np.arange(64) > 0)[:, None]
+        model, config = parsed(signature, body, w=np.abs(w)), Config(threads=1)
+        stats = calibrate(model, [{"x": positive.astype(np.float32)}], config)
+        config, why = resolve(config, stats)
+        assert (config.objective, why) == expected
+    assert resolve(Config(objective="output"), stats) == (Config(objective="output"), "")
 
 
 def test_gradients_of_tied_sites_add_up() -> None:

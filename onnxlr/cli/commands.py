@@ -173,13 +173,16 @@ def calibrate(
     A file for `compress --stats`, `analyze --stats` and `merge`.
     """
     from onnxlr.api import calibrate as api
+    from onnxlr.case import resolve
     from onnxlr.files import require_writable
 
     require_writable(output, force=force)
+    config = Config(objective=objective, **settings)
     with progress_bars(quiet) as progress:
-        stats = api(model, calib, Config(objective=objective, **settings), images=images, progress=progress)
+        stats = api(model, calib, config, images=images, progress=progress)
     stats.save(output, force=force)
-    show_stats(stats, output, as_json)
+    resolved, why = resolve(config, stats)
+    show_stats(stats, output, as_json, objective=resolved.objective, reason=why)
 
 
 @cli.command()
