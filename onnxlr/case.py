@@ -100,6 +100,22 @@ def _taking_part(inventory: Inventory, config: Config) -> tuple[list[Weight], di
     return taking_part, held_back
 
 
+def require_loss_of_use(config: Config, labels: object) -> None:
+    """Refuse a loss without labels, or where no gradients are asked for.
+
+    Raises
+    ------
+    ConfigError
+        It is so.
+    """
+    if config.loss is None:
+        return
+    if labels is None:
+        raise ConfigError(f"--loss {config.loss} needs --labels: one label for every sample of --calib")
+    if config.objective not in ("auto", "fisher"):
+        raise ConfigError(f"the objective {config.objective} uses no gradients: leave --loss {config.loss} out")
+
+
 def gather(case: Case, config: Config, progress: Progress, labels: NDArray[Any] | None = None) -> Stats:
     """The moments that `config.objective` needs, over the calibration part of the data.
 

@@ -23,9 +23,9 @@ import torch
 
 from onnxlr.calibrate import INSTEAD, gradient_key, mask_of, rows_of
 from onnxlr.data import batches, sample_count
-from onnxlr.errors import ModelError
+from onnxlr.errors import DataError, ModelError
 from onnxlr.gram import Moments
-from onnxlr.metrics import load_function, token_rows
+from onnxlr.metrics import load_function, one_line, token_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -64,6 +64,10 @@ def gradient_moments(
     ModelError
         An operator has no gradient implementation (all are listed), parity fails, no output is floating, no gradient
         reaches any site or one is not finite.
+    ConfigError
+        There is no such loss.
+    DataError
+        The loss fails on the outputs and labels.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     graph = to_torch(model).to(device)
@@ -90,7 +94,7 @@ def gradient_moments(
         else:
             assert labels is not None
             own = torch.from_numpy(np.asarray(labels[first : first + sample_count(feed, inputs)])).to(device)
-            total = loss({name: tensors[tensor] for name, tensor in probed.items()}, own)
+            total = _sum(loss, config, {name: tensors[tensor] for name, tensor in probed.items()}, own)
         reached = [name for name in sites if total.requires_grad and tensors[name].requires_grad]
         made = [tensors[name] for name in reached]
         gradients = torch.autograd.grad(total, made, allow_unused=True) if made else ()
@@ -113,6 +117,24 @@ def cross_entropy(outputs: Mapping[str, Any], labels: Any) -> Any:
     """The sum over samples of the cross-entropy of the first output's scores [..., classes] and class indices [...]."""
     scores = next(iter(outputs.values()))
     return torch.nn.functional.cross_entropy(scores.reshape(-1, scores.shape[-1]), labels.reshape(-1), reduction="sum")
+
+
+def _sum(loss: Callable[..., Any], config: Config, outputs: Mapping[str, Any], labels: Any) -> Any:
+    """The loss of a batch, if it is one.
+
+    Raises
+    ------
+    DataError
+        It fails, or gives anything but one number.
+    """
+    try:
+        total = loss(outputs, labels)
+    except Exception as error:  # whatever the user's function raises
+        raise DataError(f"loss {config.loss!r} fails on a batch: {one_line(error)}") from error
+    if not isinstance(total, torch.Tensor) or total.numel() != 1:
+        given = f"a tensor {list(total.shape)}" if isinstance(total, torch.Tensor) else f"a {type(total).__name__}"
+        raise DataError(f"loss {config.loss!r} gives {given}: expected a tensor of one number, the sum over the batch")
+    return total.sum()
 
 
 def _probe(output: Any, mask: NDArray[Any] | None, generator: Any) -> Any:

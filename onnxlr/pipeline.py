@@ -19,6 +19,7 @@ from onnxlr.case import (
     prepare,
     quiet,
     require_held_out,
+    require_loss_of_use,
     require_same_division,
     require_same_model,
     resolve,
@@ -90,7 +91,7 @@ def compress(
     output
         Where the compressed model is saved; nothing is written when None.
     labels
-        One a sample of `calib`, a file or an array, for the task metric.
+        One a sample of `calib`, a file or an array, for the task metric and for a loss.
     stats
         Moments to reuse in place of calibration.
     images
@@ -110,8 +111,7 @@ def compress(
         raise ConfigError("--min-metric-kept needs --labels: one label for every sample of --calib")
     if config.metric != "top1" and labels is None:
         raise ConfigError(f"--metric {config.metric} needs --labels: one label for every sample of --calib")
-    if config.loss is not None and labels is None:
-        raise ConfigError(f"--loss {config.loss} needs --labels: one label for every sample of --calib")
+    require_loss_of_use(config, labels)
     load_metric(config.metric)
     if stats is not None and config.objective == "weight":
         raise ConfigError("the objective weight uses no moments: leave --stats out, or choose another --objective")
