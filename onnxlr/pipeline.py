@@ -210,7 +210,12 @@ def _meet_target(
     limit = target.value
     for _ in range(ATTEMPTS):
         with clock.stage("search"):
-            plan = by_energy(parts, limit, config) if chooser is None else chooser.plan(limit)
+            try:
+                plan = by_energy(parts, limit, config) if chooser is None else chooser.plan(limit)
+            except GateError:
+                if target.kind != "max_latency" or limit == target.value:
+                    raise
+                break  # what was asked for could be planned, only not what would make up for the difference
         with clock.stage("rewrite"):
             compressed = rewrite(case.inventory, plan.stored)
         with clock.stage("validate"):
@@ -240,7 +245,7 @@ def _meet_target(
             return plan, compressed, validation
     if target.kind == "max_latency":
         raise GateError(
-            f"--{target} holds for the times of single products, but the model took {reached}: ask for less"
+            f"--{target} holds for the times of single products, but the model took {reached}: ask for at least that"
         )
     raise GateError(
         f"--{target} holds on {SEARCH_SAMPLES} held-out samples but not on all {validation.samples}, where "
@@ -287,6 +292,8 @@ def _bench_feed(case: Case, config: Config) -> Feed:
 
 def _latency(case: Case, compressed: Model, config: Config) -> float:
     """The latency of the compressed model over that of the dense one, measured in turn."""
+    if compressed is case.model:
+        return 1.0  # whatever noise would make of it
     feed = _bench_feed(case, config)
     return compare_latency([case.model, compressed], feed, provider=config.provider, threads=config.threads)[1].ratio
 
