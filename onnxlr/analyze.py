@@ -70,7 +70,7 @@ def analyze(
         if not 0 < energy <= 1:
             raise ConfigError(f"energy must be above 0 and at most 1, not {energy}")
     case = prepare(model, calib, config, images or ImageOptions())
-    stats = require_same_model(stats, case.model) if stats else gather(case, config, progress)[0]
+    stats = require_same_model(stats, case.model) if stats else gather(case, config, progress)
     rows = []
     for weight in case.weights:
         matrix = case.inventory.matrix(weight)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onnxlr.case import as_model, gather, prepare, quiet
+from onnxlr.case import as_model, gather, load_truth, prepare, quiet, require_loss_of_use
 from onnxlr.config import Config
 from onnxlr.data import ImageOptions, load_labels, open_data
-from onnxlr.errors import ModelError
+from onnxlr.errors import ConfigError, ModelError
 from onnxlr.report.schema import plain
 from onnxlr.session import Session
 from onnxlr.shapes import measure_shapes, synthetic_sample
@@ -81,10 +81,13 @@ def calibrate(
     calib: object,
     config: Config | None = None,
     *,
+    labels: str | Path | NDArray[Any] | None = None,
     images: ImageOptions | None = None,
     progress: Progress = quiet,
 ) -> Stats:
     """Gather the second moments that `config.objective` needs, over all of `calib` but the held-out part.
+
+    `labels`, one a sample of `calib`, a file or an array, are for `config.loss`.
 
     Raises
     ------
@@ -92,7 +95,11 @@ def calibrate(
         As `prepare`; DataError for values that are not finite, naming the tensor.
     """
     config = config or Config()
-    return gather(prepare(model, calib, config, images or ImageOptions()), config, progress)[0]
+    require_loss_of_use(config, labels)
+    if labels is not None and config.loss is None:
+        raise ConfigError("--labels without --loss: give the loss whose gradients they are for, or leave them out")
+    case = prepare(model, calib, config, images or ImageOptions())
+    return gather(case, config, progress, None if labels is None else load_truth(case, labels))
 
 
 def validate(

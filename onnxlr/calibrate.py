@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 Probe = tuple[str, int]
 """A tensor and the axis (-1 or -2) along which its features lie."""
+INSTEAD = ": use --objective output"
+"""Ends messages of why there are no gradients."""
 
 
 def probe_key(probe: Probe) -> str:
@@ -168,6 +170,11 @@ def gradient_key(output: str) -> str:
     return f"{output}:gradient"
 
 
+def has_gradients(stats: Stats) -> bool:
+    """Whether there are gradient moments of any site."""
+    return any(key.endswith(":gradient") for key in stats.moments)
+
+
 def weight_gradients(stats: Stats, weight: Weight) -> Moments | None:
     """The gradient moments of one weight: those of all its sites added up; None where no gradient reached one.
 
@@ -176,7 +183,7 @@ def weight_gradients(stats: Stats, weight: Weight) -> Moments | None:
     StatsError
         `stats` has no gradient moments at all.
     """
-    if not any(key.endswith(":gradient") for key in stats.moments):
+    if not has_gradients(stats):
         raise StatsError("these moments hold no gradients: gather them with `onnxlr calibrate --objective fisher`")
     parts = [stats.moments[key] for site in weight.sites if (key := gradient_key(site.output)) in stats.moments]
     if len(parts) < len(weight.sites):

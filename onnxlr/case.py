@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 
-from onnxlr.calibrate import accumulate
+from onnxlr.calibrate import INSTEAD, accumulate, has_gradients
 from onnxlr.data import ImageOptions, batches, fixed_batch, load_labels, open_data, split
 from onnxlr.errors import ConfigError, DataError, InstallError, ModelError, StatsError
 from onnxlr.model_io import Model, from_proto, load
@@ -100,21 +100,37 @@ def _taking_part(inventory: Inventory, config: Config) -> tuple[list[Weight], di
     return taking_part, held_back
 
 
-def gather(case: Case, config: Config, progress: Progress, labels: NDArray[Any] | None = None) -> tuple[Stats, str]:
+def require_loss_of_use(config: Config, labels: object) -> None:
+    """Refuse a loss without labels, or where no gradients are asked for.
+
+    Raises
+    ------
+    ConfigError
+        It is so.
+    """
+    if config.loss is None:
+        return
+    if labels is None:
+        raise ConfigError(f"--loss {config.loss} needs --labels: one label for every sample of --calib")
+    if config.objective not in ("auto", "fisher"):
+        raise ConfigError(f"the objective {config.objective} uses no gradients: leave --loss {config.loss} out")
+
+
+def gather(case: Case, config: Config, progress: Progress, labels: NDArray[Any] | None = None) -> Stats:
     """The moments that `config.objective` needs, over the calibration part of the data.
 
     `labels`, one a sample of the whole data, are for `config.loss`. For the objective "auto" the moments are those of
-    "fisher", or of "output" where there can be no gradients; the second value says why, and is empty otherwise.
+    "fisher", or of "output" where there can be no gradients: then they say why.
     """
     gradients: Mapping[str, Moments] = {}
-    why = ""
+    no_gradients = ""
     if config.objective in ("fisher", "auto"):
         try:
             gradients = _gradients(case, config, progress, labels)
-        except (InstallError, ModelError, DataError) as error:
+        except (InstallError, ModelError) as error:
             if config.objective == "fisher":
                 raise
-            why = str(error)
+            no_gradients = str(error).removesuffix(INSTEAD)
     stats = accumulate(
         case.model,
         case.inventory,
@@ -123,7 +139,16 @@ def gather(case: Case, config: Config, progress: Progress, labels: NDArray[Any] 
         config,
         progress=lambda done: progress("calibrate", done, None),
     )
-    return replace(stats, moments={**stats.moments, **gradients}), why
+    return replace(stats, moments={**stats.moments, **gradients}, no_gradients=no_gradients)
+
+
+def resolve(config: Config, stats: Stats) -> tuple[Config, str]:
+    """The objective "auto" as the one that its moments allow, and why it is that one; "" where it was not left open."""
+    if config.objective != "auto":
+        return config, ""
+    if has_gradients(stats):
+        return replace(config, objective="fisher"), "torch has the gradients of the model"
+    return replace(config, objective="output"), stats.no_gradients or "the moments hold no gradients"
 
 
 def _gradients(case: Case, config: Config, progress: Progress, labels: NDArray[Any] | None) -> Mapping[str, Moments]:

@@ -90,8 +90,9 @@ class Config:
     mask
         Name of the input that is nonzero where a token is real, for padded batches.
     loss
-        "cross-entropy" or "module:function" of (outputs, labels): what gradients are of, where labels are given; those
-        of the outputs themselves when None.
+        "cross-entropy" or "module:function" of (outputs, labels), the sum over a batch in torch: what gradients are of,
+        where labels are given; those of the outputs themselves when None. Outputs that are a softmax or sigmoid come as
+        the scores before it.
     metric
         "top1" or "module:function", the task metric where labels are given.
     provider, threads

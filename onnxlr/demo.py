@@ -15,7 +15,7 @@ from onnxlr.errors import DataError
 from onnxlr.model_io import load
 from onnxlr.pipeline import compress
 from onnxlr.polygraphy_files import Verdict, run_comparator
-from onnxlr.report.terminal import count, megabytes, milliseconds, percent, render_rows
+from onnxlr.report.terminal import count, megabytes, milliseconds, objective, percent, render_rows
 from onnxlr.session import Session
 from onnxlr.validate import Validation, validate
 
@@ -91,6 +91,7 @@ class Demo:
             columns,
             table,
         )
+        yield objective(first.report.config["objective"], first.report.objective_reason)
         yield "MACs and latency (of a batch of 8, runs in turn) are shares of the dense model's."
         if verbose:
             for row in self.rows:

@@ -21,11 +21,11 @@ from onnxlr.torch_graph import check_parity, to_tensor, to_torch
 import numpy as np
 import torch
 
-from onnxlr.calibrate import gradient_key, mask_of
+from onnxlr.calibrate import INSTEAD, gradient_key, mask_of
 from onnxlr.data import batches, sample_count
 from onnxlr.errors import DataError, ModelError
 from onnxlr.gram import Moments
-from onnxlr.metrics import load_function, token_rows
+from onnxlr.metrics import load_function, one_line, token_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -63,9 +63,12 @@ def gradient_moments(
     InstallError
         torch is not installed.
     ModelError
-        An operator has no gradient implementation (all are listed), parity fails, or no output is floating.
+        An operator has no gradient implementation (all are listed), parity fails, no output is floating, no gradient
+        reaches any site or one is not finite.
+    ConfigError
+        There is no such loss.
     DataError
-        A gradient is not finite.
+        The loss fails on the outputs and labels.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -86,14 +89,14 @@ def gradient_moments(
             tensors = graph(given, outputs=[*probed.values(), *sites], track=sites)
         floating = [tensors[name] for name in dict.fromkeys(probed.values()) if tensors[name].is_floating_point()]
         if not floating:
-            raise ModelError("no output of the model is floating, so nothing has a gradient: use --objective output")
+            raise ModelError(f"no output of the model is floating, so nothing has a gradient{INSTEAD}")
         if loss is None:
             total = sum(_probe(output, mask, generator) for output in floating)
         else:
             assert labels is not None
             own = torch.from_numpy(np.asarray(labels[first : first + sample_count(feed, inputs)])).to(device)
-            total = loss({name: tensors[tensor] for name, tensor in probed.items()}, own)
-        reached = [name for name in sites if tensors[name].requires_grad]
+            total = _sum(loss, config, {name: tensors[tensor] for name, tensor in probed.items()}, own)
+        reached = [name for name in sites if total.requires_grad and tensors[name].requires_grad]
         made = [tensors[name] for name in reached]
         gradients = torch.autograd.grad(total, made, allow_unused=True) if made else ()
         for name, gradient in zip(reached, gradients, strict=True):
@@ -101,11 +104,13 @@ def gradient_moments(
                 continue
             moments = _moments(gradient, sites[name], mask)
             if not np.isfinite(moments.gram).all():
-                raise DataError(f"the gradient at {name!r} is not finite: use --objective output")
+                raise ModelError(f"the gradient at {name!r} is not finite{INSTEAD}")
             key = gradient_key(name)
             sums[key] = sums[key] + moments if key in sums else moments
         progress(sample_count(feed, inputs))
         first += sample_count(feed, inputs)
+    if first and sites and not sums:
+        raise ModelError(f"no gradient reaches any weight{INSTEAD}")
     return sums
 
 
@@ -125,6 +130,24 @@ def cross_entropy(outputs: Mapping[str, Any], labels: Any) -> Any:
     """The sum over samples of the cross-entropy of the first output's scores [..., classes] and class indices [...]."""
     scores = next(iter(outputs.values()))
     return torch.nn.functional.cross_entropy(scores.reshape(-1, scores.shape[-1]), labels.reshape(-1), reduction="sum")
+
+
+def _sum(loss: Callable[..., Any], config: Config, outputs: Mapping[str, Any], labels: Any) -> Any:
+    """The loss of a batch, if it is one.
+
+    Raises
+    ------
+    DataError
+        It fails, or gives anything but one number.
+    """
+    try:
+        total = loss(outputs, labels)
+    except Exception as error:  # whatever the user's function raises
+        raise DataError(f"loss {config.loss!r} fails on a batch: {one_line(error)}") from error
+    if not isinstance(total, torch.Tensor) or total.numel() != 1:
+        given = f"a tensor {list(total.shape)}" if isinstance(total, torch.Tensor) else f"a {type(total).__name__}"
+        raise DataError(f"loss {config.loss!r} gives {given}: expected a tensor of one number, the sum over the batch")
+    return total.sum()
 
 
 def _probe(output: Any, mask: NDArray[Any] | None, generator: Any) -> Any:

@@ -105,6 +105,8 @@ class Stats:
         By tensor; ":rows" is appended to its name where the features lie on axis -2.
     holdout_every
         Every how many samples one was held out and never calibrated on.
+    no_gradients
+        Why there are no gradients among them, where there would be if they could be had.
     """
 
     model: str
@@ -112,6 +114,7 @@ class Stats:
     samples: int
     holdout_every: int
     moments: Mapping[str, Moments] = field(repr=False)
+    no_gradients: str = ""
 
     def __add__(self, other: Stats) -> Stats:
         if self.model != other.model:
@@ -130,6 +133,7 @@ class Stats:
             self.samples + other.samples,
             self.holdout_every,
             {key: value + other.moments[key] for key, value in self.moments.items()},
+            self.no_gradients or other.no_gradients,
         )
 
     def save(self, path: Path, *, force: bool = False) -> None:
@@ -150,6 +154,7 @@ class Stats:
             "data": json.dumps(self.data),
             "samples": str(self.samples),
             "holdout_every": str(self.holdout_every),
+            "no_gradients": self.no_gradients,
             "rows": json.dumps({key: value.count for key, value in self.moments.items()}),
         }
         with replacing(path, force=force) as temporary:
@@ -182,6 +187,7 @@ class Stats:
                     int(header["samples"]),
                     int(header["holdout_every"]),
                     moments,
+                    header.get("no_gradients", ""),
                 )
         except FileNotFoundError:
             raise StatsError(f"{path} does not exist: write it with `onnxlr calibrate`") from None

@@ -306,10 +306,7 @@ class Shared:
         self.parts = tuple(parts)
 
     def options(self, terms: Terms) -> list[Option[Choice]]:
-        apart = [
-            Option(Choice.of(option.choice), option.cost, option.damage)
-            for option in joined([Single(part).options(terms) for part in self.parts])
-        ]
+        apart = _side_by_side(self.parts, terms)
         importances = [terms.importance.get(part.name, 0.0) for part in self.parts]
         most = max(importances)
         if not 0 < most < np.inf or not terms.config.forms & {"pair", "block"}:
@@ -441,10 +438,11 @@ class Several:
         self.parts = tuple(parts)
 
     def options(self, terms: Terms) -> list[Option[Choice]]:
-        return [
-            Option(Choice.of(option.choice), option.cost, option.damage)
-            for option in joined([Single(part).options(terms) for part in self.parts])
-        ]
+        return _side_by_side(self.parts, terms)
+
+
+def _side_by_side(parts: Sequence[Part], terms: Terms) -> list[Option[Choice]]:
+    return [option.revised(Choice.of) for option in joined([Single(part).options(terms) for part in parts])]
 
 
 def _joined_options(groups: Sequence[Group], terms: Terms) -> list[Option[tuple[Choice, ...]]]:
@@ -452,9 +450,11 @@ def _joined_options(groups: Sequence[Group], terms: Terms) -> list[Option[tuple[
 
 
 def _chosen(option: Option[tuple[Choice, ...]], lost: float, consumer: str) -> Option[Choice]:
-    choice = Choice.of(option.choice)
-    damages = {**choice.damages, consumer: choice.damages[consumer] + lost}
-    return Option(Choice(choice.cuts, damages, choice.store), option.cost, option.damage + lost)
+    def choose(choices: tuple[Choice, ...]) -> Choice:
+        choice = Choice.of(choices)
+        return replace(choice, damages={**choice.damages, consumer: choice.damages[consumer] + lost})
+
+    return option.revised(choose, lost)
 
 
 def _read_one_tensor(parts: Sequence[Part]) -> bool:

@@ -301,7 +301,7 @@ def load_function(kind: str, spec: str, known: Mapping[str, Callable[..., Any]])
     except AttributeError:
         raise ConfigError(f"{kind} {spec!r}: the module {module_name} has no {function_name!r}") from None
     except Exception as error:  # whatever the user's module raises while it is imported
-        raise ConfigError(f"{kind} {spec!r}: {module_name} cannot be imported: {_one_line(error)}") from error
+        raise ConfigError(f"{kind} {spec!r}: {module_name} cannot be imported: {one_line(error)}") from error
     finally:
         sys.path.remove(folder)
     if not callable(function):
@@ -331,7 +331,7 @@ class MeanMetric:
         except DataError:
             raise
         except Exception as error:  # whatever the user's function raises
-            raise DataError(f"metric {self.name!r} fails on a batch: {_one_line(error)}") from error
+            raise DataError(f"metric {self.name!r} fails on a batch: {one_line(error)}") from error
         try:
             number = float(value)
         except (TypeError, ValueError):
@@ -355,5 +355,6 @@ def _ratio(difference: float, reference: float) -> float:
     return difference / reference if reference else (math.inf if difference else 0.0)
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """What an error of somebody else's code says, in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}" if str(error).strip() else type(error).__name__

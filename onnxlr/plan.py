@@ -12,23 +12,42 @@ from below with nothing left that could be bought.
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 
 Chosen = TypeVar("Chosen", covariant=True)
+Other = TypeVar("Other")
 
 
 @dataclass(frozen=True, slots=True)
 class Option(Generic[Chosen]):
-    """One way to keep a weight or a group of them: what is chosen, its cost and its predicted damage."""
+    """One way to keep a weight or a group of them: what is chosen, its cost and its predicted damage.
+
+    `steps(left)` are options besides those that were offered with it, better ones for at most `left` more; they are
+    made when they are asked for.
+    """
 
     choice: Chosen
     cost: float
     damage: float
+    steps: Callable[[float], Iterator[Option[Chosen]]] = field(default=lambda _: iter(()), repr=False, compare=False)
+
+    def revised(self, revise: Callable[[Chosen], Other], added: float = 0.0) -> Option[Other]:
+        """The same with another choice, and its steps; `added` to all damages."""
+        return Option(
+            revise(self.choice),
+            self.cost,
+            self.damage + added,
+            lambda left: (option.revised(revise, added) for option in self.steps(left)),
+        )
+
+    def improved_by(self, option: Option[object], left: float) -> bool:
+        """Whether `option` is better, and at most `left` dearer."""
+        return 0 < option.cost - self.cost <= left and option.damage < self.damage
 
 
 class BudgetTooSmall(ValueError):  # noqa: N818 -- what happened, not that something failed
@@ -61,7 +80,8 @@ def _slope(a: Option[object], b: Option[object]) -> float:
 def joined(parts: Sequence[Sequence[Option[Chosen]]]) -> list[Option[tuple[Chosen, ...]]]:
     """The options of several weights as those of one group: the lower hull of all their sums, by rising cost.
 
-    The hull of a sum of convex hulls is walked by always taking the steepest step that any of them has next.
+    The hull of a sum of convex hulls is walked by always taking the steepest step that any of them has next. What lies
+    off the hull is too much to list; from each sum, `Option.steps` are those in which one of its members is better.
     """
     hulls = [lower_hull(options) for options in parts]
     chosen = [hull[0] for hull in hulls]
@@ -70,19 +90,33 @@ def joined(parts: Sequence[Sequence[Option[Chosen]]]) -> list[Option[tuple[Chose
         for number, hull in enumerate(hulls)
         for index in range(len(hull) - 1)
     )
-    result = [_sum(chosen)]
+    result = [_sum(parts, chosen)]
     for _, number, index in steps:
         chosen[number] = hulls[number][index]
-        result.append(_sum(chosen))
+        result.append(_sum(parts, chosen))
     return result
 
 
-def _sum(options: Sequence[Option[Chosen]]) -> Option[tuple[Chosen, ...]]:
+def _sum(parts: Sequence[Sequence[Option[Chosen]]], chosen: Sequence[Option[Chosen]]) -> Option[tuple[Chosen, ...]]:
+    members = tuple(chosen)
+
+    def steps(left: float) -> Iterator[Option[tuple[Chosen, ...]]]:
+        for number, (options, member) in enumerate(zip(parts, members, strict=True)):
+            for option in _better(options, member, left):
+                yield _sum(parts, (*members[:number], option, *members[number + 1 :]))
+
     return Option(
-        tuple(option.choice for option in options),
-        sum(option.cost for option in options),
-        sum(option.damage for option in options),
+        tuple(option.choice for option in members),
+        sum(option.cost for option in members),
+        sum(option.damage for option in members),
+        steps,
     )
+
+
+def _better(options: Sequence[Option[Chosen]], chosen: Option[Chosen], left: float) -> Iterator[Option[Chosen]]:
+    """Whatever is better than what was chosen of `options`, and at most `left` dearer."""
+    yield from (option for option in options if chosen.improved_by(option, left))
+    yield from chosen.steps(left)
 
 
 def allocate(options: Mapping[str, Sequence[Option[Chosen]]], budget: float) -> dict[str, Option[Chosen]]:
@@ -125,13 +159,12 @@ def allocate(options: Mapping[str, Sequence[Option[Chosen]]], budget: float) -> 
 def _spend(
     options: Mapping[str, Sequence[Option[Chosen]]], chosen: dict[str, Option[Chosen]], left: float
 ) -> dict[str, Option[Chosen]]:
-    """Buy the best single steps, on the hull or off it, until none fits into what is left."""
+    """Buy the best single steps, on a hull or off it, until none fits into what is left."""
     while True:
         fitting = [
             (_slope(chosen[name], option), name, option)
             for name, choices in options.items()
-            for option in choices
-            if 0 < option.cost - chosen[name].cost <= left and option.damage < chosen[name].damage
+            for option in _better(choices, chosen[name], left)
         ]
         if not fitting:
             return chosen

@@ -203,6 +203,67 @@ def test_compress_with_stats_is_compress_bit_for_bit(
     assert "calibrate" not in second["seconds"]
 
 
+@pytest.fixture
+def without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if torch were not installed."""
+    for name in ("onnxlr.fisher", "onnxlr.torch_graph"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "torch", None)
+
+
+@pytest.mark.usefixtures("without_torch")
+def test_why_there_are_no_gradients_is_said_wherever_they_are_missed(
+    compress: Callable[..., Result], shelf: Path, tmp_path: Path
+) -> None:
+    moments, other = tmp_path / "m.safetensors", tmp_path / "other.safetensors"
+    command = ("calibrate", shelf / "mlp.onnx", "--calib", shelf / "calib", "--threads", 1, "--force")
+    document = figures(invoke(*command, "-o", moments, "--json"))
+    why = document["objective_reason"]
+    assert document["objective"] == "output"
+    assert "pip install 'onnxlr[torch]'" in why
+    assert f"objective output: {why}\n" in invoke(*command, "-o", moments).out
+    assert invoke(*command, "-o", other, "--objective", "output").out.endswith("objective output\n")
+    for options, expected in (
+        ((), why),
+        (("--stats", moments), why),
+        (("--stats", other), "the moments hold no gradients"),
+    ):
+        result = compress("--energy", 0.9, "--force", *options)
+        assert f"objective output: {expected}\n" in result.out
+        assert strict((tmp_path / "report.json").read_text())["objective_reason"] == expected
+    refused = compress("--energy", 0.9, "--force", "--objective", "fisher")
+    assert (refused.code, refused.out) == (1, "")
+    assert "pip install 'onnxlr[torch]'" in refused.err
+
+
+def test_gradients_of_a_loss_from_the_command_line(
+    compress: Callable[..., Result], shelf: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("torch")
+    moments, loss = tmp_path / "m.safetensors", ("--loss", "cross-entropy", "--labels", shelf / "labels.npy")
+    common = ("calibrate", shelf / "mlp.onnx", "--calib", shelf / "calib", "--threads", 1)
+    assert figures(invoke(*common, *loss, "-o", moments, "--json"))["objective"] == "fisher"
+    classes = np.load(shelf / "labels.npy")
+    kept = np.arange(640) % 8 != 1
+    logits = run(mlp(), {"x": np.load(shelf / "calib" / "x.npz")["x"]})["logits"][kept].astype(np.float64)
+    g = np.exp(logits) / np.exp(logits).sum(1, keepdims=True) - np.eye(10)[classes[kept]]
+    np.testing.assert_allclose(Stats.load(moments).moments["logits:gradient"].gram, g.T @ g, rtol=0, atol=1e-3)
+    target = ("--keep-params", 0.7, "--json", "--force")
+    direct = figures(compress(*target, *loss))
+    assert direct["config"]["loss"] == "cross-entropy"
+    assert figures(compress(*target, "--stats", moments))["weights"] == direct["weights"]
+    assert figures(compress(*target))["weights"] != direct["weights"]
+    for command in ((*common, "-o", tmp_path / "x"), None):
+        for options, said in (
+            (loss[:2], "--loss cross-entropy needs --labels"),
+            (("--loss", "hinge", *loss[2:]), "unknown loss 'hinge'"),
+            (("--loss", "json:hinge", *loss[2:]), "the module json has no 'hinge'"),
+        ):
+            refused = compress("--force", *options) if command is None else invoke(*command, *options)
+            assert (refused.code, refused.out) == (2, "")
+            assert said in refused.err
+
+
 METRIC = """
 import numpy as np
 

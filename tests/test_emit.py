@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -328,6 +329,30 @@ def test_a_block_can_be_compressed_again(side: Side, body: str, corrected: bool)
         assert len(names) == len(set(names))
         assert relative(run(check(dense), x=x)["y"], run(result, x=x)["y"]) < 1e-4
         model = result
+
+
+@pytest.mark.parametrize(
+    ("body", "opset"),
+    [
+        ("Gemm<beta = 0.25>(x, w)", 17),
+        ("Gemm<alpha = 2.0>(x, w)", 11),
+        *(("Gemm<beta = 0.0>(x, w, c)", v) for v in (7, 17)),
+    ],
+)
+def test_a_gemm_without_an_addend_adds_the_correction_itself(body: str, opset: int) -> None:
+    weights = {"w": random(1, 6, 5)} | ({"c": random(2, 4, 5)} if "c)" in body else {})
+    model = parsed("(float[N, 6] x) => (float[N, 5] y)", f"y = {body}", opset=opset, **weights)
+    inventory, x, bias = take_inventory(model), random(3, 4, 6), random(4, 5, dtype=np.float64)
+    pair = replace(well(0, 6, 5), bias=bias)
+    dense = Stored(None, product(pair), bias)
+    window = Window("output", 0, 1.0)
+    expected = {"dense": ["Gemm"], "pair": ["MatMul", "Gemm"], "block": ["MatMul", "MatMul", "Concat", "Add"]}
+    for form, stored in (("dense", dense), ("pair", pair), ("block", as_block(pair, window))):
+        if form == "block" and opset < 13:
+            continue
+        result = check(rewrite(inventory, {"w": stored}))
+        assert [node.op_type for node in result.proto.graph.node] == expected[form]
+        assert relative(x.astype(np.float64) @ product(pair) + bias, run(result, x=x)["y"]) < 1e-5
 
 
 @pytest.mark.parametrize("name", CHAINS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,8 +17,9 @@ from models import parsed, random
 import onnxlr
 from onnxlr.api import calibrate
 from onnxlr.calibrate import weight_gradients
+from onnxlr.case import resolve
 from onnxlr.config import Config, Target
-from onnxlr.errors import StatsError
+from onnxlr.errors import ConfigError, DataError, ModelError, StatsError
 from onnxlr.factorize import SHRINKAGE, Gain, OutputDecomposition
 from onnxlr.gram import Moments, Stats
 from onnxlr.layer import Layer
@@ -26,6 +28,9 @@ from onnxlr.sites import take_inventory
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
+
+    from onnxlr.config import Objective
 
     Array = np.ndarray[Any, Any]
 
@@ -155,6 +160,42 @@ def test_a_weight_that_no_gradient_reaches_says_so() -> None:
     assert reasons["w"].startswith("chosen for")
 
 
+LOOSE = {
+    "an output of another branch": "b = MatMul(x, v) k = ArgMax<axis = 1>(b) y = Relu(x)",
+    "an output without a gradient": "b = MatMul(x, v) k = ArgMax<axis = 1>(b) y = Cast<to = 1>(k)",
+}
+
+
+@pytest.mark.parametrize("body", LOOSE.values(), ids=LOOSE)
+def test_where_no_gradient_reaches_any_weight_the_message_says_so(body: str) -> None:
+    rng = np.random.default_rng(0)
+    model = parsed("(float[N, 64] x) => (float[N, M] y, int64[N, 1] k)", body, v=decaying(rng, 64, 48))
+    feeds = [{"x": random(1, 200, 64)}]
+    with pytest.raises(ModelError, match="no gradient reaches any weight: use --objective output"):
+        calibrate(model, feeds, FISHER)
+    config = Config(target=Target("energy", 0.5), rank_multiple=1, threads=1)
+    stats = calibrate(model, feeds, config)
+    for report in (onnxlr.compress(model, feeds, config), onnxlr.compress(model, feeds, config, stats=stats)):
+        assert report.config["objective"] == "output"
+        assert report.objective_reason == "no gradient reaches any weight"
+
+
+def test_an_objective_left_open_takes_what_gradients_there_are() -> None:
+    w, feeds = random(1, 12, 8), [{"x": random(2, 64, 12)}]
+    signature = "(float[N, 12] x) => (float[N, 8] y)"
+    reasons = {
+        "h = MatMul(x, w) y = Tanh(h)": ("fisher", "torch has the gradients of the model"),
+        "h = MatMul(x, w) y = Sqrt(h)": ("output", "the gradient at 'h' is not finite"),
+    }
+    for body, expected in reasons.items():
+        positive = np.abs(feeds[0]["x"]) * (np.arange(64) > 0)[:, None]
+        model, config = parsed(signature, body, w=np.abs(w)), Config(threads=1)
+        stats = calibrate(model, [{"x": positive.astype(np.float32)}], config)
+        config, why = resolve(config, stats)
+        assert (config.objective, why) == expected
+    assert resolve(Config(objective="output"), stats) == (Config(objective="output"), "")
+
+
 def test_gradients_of_tied_sites_add_up() -> None:
     w = random(1, 6, 6)
     model = parsed("(float[N, 6] x) => (float[N, 6] y)", "h = MatMul(x, w) t = Tanh(h) y = MatMul(t, w)", w=w)
@@ -166,6 +207,148 @@ def test_gradients_of_tied_sites_add_up() -> None:
     fewer = Stats(stats.model, stats.data, stats.samples, stats.holdout_every,
                   {key: value for key, value in stats.moments.items() if key != "h:gradient"})  # fmt: skip
     assert weight_gradients(fewer, inventory.weights[0]) is None
+
+
+W, X = 0.3 * random(1, 6, 4), random(2, 80, 6)
+LABELS = np.random.default_rng(3).integers(0, 4, 80)
+LOSS = Config(objective="fisher", loss="cross-entropy", threads=1)
+
+
+def classifier(body: str = "h = MatMul(x, w) y = Softmax(h)") -> Model:
+    return parsed("(float[N, 6] x) => (float[N, 4] y)", body, w=W)
+
+
+def of_cross_entropy(labels: Array, every: int = 8) -> Array:
+    """`E[(p - t)^T (p - t)]`, `p` the probabilities and `t` the classes, over what is not held out."""
+    kept = np.arange(len(X)) % every != 1
+    scores = (X.astype(np.float64) @ W)[kept]
+    p = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
+    g = p - np.eye(4)[labels[kept]]
+    second: Array = g.T @ g / len(g)
+    return second
+
+
+@pytest.mark.parametrize("batch", [1, 7, 80])
+@pytest.mark.parametrize("body", ["h = MatMul(x, w) y = Softmax(h)", "h = MatMul(x, w) y = Identity(h)"])
+def test_gradients_of_cross_entropy_are_probabilities_less_classes(body: str, batch: int) -> None:
+    stats = calibrate(classifier(body), [{"x": X}], replace(LOSS, batch=batch), labels=LABELS)
+    gradients = stats.moments["h:gradient"]
+    assert gradients.count == 70
+    np.testing.assert_allclose(gradients.second, of_cross_entropy(LABELS), rtol=0, atol=1e-6)
+    # labels that are held out stay out, and any other one counts
+    for index in range(16):
+        changed = LABELS.copy()
+        changed[index] = (changed[index] + 1) % 4
+        again = calibrate(classifier(body), [{"x": X}], replace(LOSS, batch=batch), labels=changed)
+        same = np.array_equal(again.moments["h:gradient"].gram, gradients.gram)
+        assert same == (index % 8 == 1)
+        np.testing.assert_allclose(again.moments["h:gradient"].second, of_cross_entropy(changed), rtol=0, atol=1e-6)
+
+
+def test_cross_entropy_of_tokens_leaves_out_those_without_a_class() -> None:
+    model = parsed("(float[N, S, 6] x) => (float[N, S, 4] y)", "y = MatMul(x, w)", w=W)
+    labels = LABELS.reshape(16, 5).copy()
+    labels[:, 3:] = -100
+    stats = calibrate(model, [{"x": X.reshape(16, 5, 6)}], replace(LOSS, holdout_every=16), labels=labels)
+    rows = np.delete(np.arange(80).reshape(16, 5), 1, axis=0)
+    scores = (X.astype(np.float64) @ W)[rows[:, :3].ravel()]
+    g = np.exp(scores) / np.exp(scores).sum(1, keepdims=True) - np.eye(4)[LABELS[rows[:, :3].ravel()]]
+    assert stats.moments["y:gradient"].count == 75
+    np.testing.assert_allclose(stats.moments["y:gradient"].gram, g.T @ g, rtol=0, atol=1e-4)
+
+
+def test_compress_weighs_errors_by_a_loss_on_labels() -> None:
+    model, feeds = classifier(), [{"x": X}]
+    config = replace(LOSS, target=Target("energy", 1.0), ranks={"w": 2}, objective="auto")
+    plain = calibrate(model, feeds, Config(objective="output", threads=1))
+
+    def kept(labels: Array, stats: Stats | None = None) -> tuple[float, float]:
+        report = onnxlr.compress(model, feeds, config, labels=labels, stats=stats)
+        assert report.config["objective"] == "fisher"
+        assert report.validation is not None
+        return report.weights[0].energy, report.validation.error
+
+    def by_hand(labels: Array) -> tuple[float, float]:
+        moments = Moments(70, np.zeros(4), 70 * of_cross_entropy(labels))
+        return kept(labels, replace(plain, moments={**plain.moments, "h:gradient": moments}))
+
+    held_out = LABELS.copy()
+    held_out[1::8] = (LABELS[1::8] + 1) % 4
+    others = LABELS[::-1].copy()
+    assert kept(LABELS) == pytest.approx(by_hand(LABELS), rel=1e-4)
+    assert kept(others) == pytest.approx(by_hand(others), rel=1e-4)
+    assert kept(LABELS) == kept(held_out)
+    assert kept(LABELS) != pytest.approx(kept(others), rel=1e-3)
+
+
+LOSSES = """
+import torch
+
+def squared(outputs, labels):
+    return ((outputs["y"].argmax(-1) != labels).float().detach() @ outputs["y"] ** 2).sum()
+
+def apart(outputs, labels):
+    return outputs["y"].sum(-1)
+
+def number(outputs, labels):
+    return 1.0
+
+def breaks(outputs, labels):
+    raise KeyError("scores")
+
+constant = 3
+"""
+
+
+@pytest.fixture
+def losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The module `losses_of_a_user`."""
+    (tmp_path / "losses_of_a_user.py").write_text(LOSSES)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.usefixtures("losses")
+def test_a_loss_of_the_users_own() -> None:
+    model = classifier("h = MatMul(x, w) y = Identity(h)")
+    stats = calibrate(model, [{"x": X}], replace(LOSS, loss="losses_of_a_user:squared"), labels=LABELS)
+    scores = X.astype(np.float64) @ W
+    g = (2 * scores * (scores.argmax(1) != LABELS)[:, None])[np.arange(80) % 8 != 1]
+    np.testing.assert_allclose(stats.moments["h:gradient"].gram, g.T @ g, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("losses")
+@pytest.mark.parametrize("objective", ["fisher", "auto"])
+@pytest.mark.parametrize(
+    ("loss", "labels", "kind", "message"),
+    [
+        ("hinge", LABELS, ConfigError, "unknown loss 'hinge': give 'cross-entropy' or 'module:function'"),
+        ("losses_of_a_user:missing", LABELS, ConfigError, "the module losses_of_a_user has no 'missing'"),
+        ("losses_of_a_user:constant", LABELS, ConfigError, "constant is a int, expected a function"),
+        ("no_such_module:f", LABELS, ConfigError, "no_such_module cannot be imported"),
+        ("losses_of_a_user:breaks", LABELS, DataError, "fails on a batch: KeyError: 'scores'"),
+        ("losses_of_a_user:apart", LABELS, DataError, r"gives a tensor \[8\]: expected a tensor of one number"),
+        ("losses_of_a_user:number", LABELS, DataError, "gives a float: expected a tensor of one number"),
+        ("cross-entropy", LABELS + 1, DataError, "'cross-entropy' fails on a batch: IndexError: Target 4"),
+        ("cross-entropy", LABELS + 0.5, DataError, "'cross-entropy' fails on a batch: RuntimeError"),
+        ("cross-entropy", LABELS[:-1], DataError, "79 labels for 80 samples"),
+        ("cross-entropy", None, ConfigError, "--loss cross-entropy needs --labels: one label for every sample"),
+    ],
+)
+def test_what_is_wrong_with_a_loss_is_said(
+    objective: Objective, loss: str, labels: Array | None, kind: type[Exception], message: str
+) -> None:
+    config = replace(LOSS, loss=loss, objective=objective)
+    for stage in (calibrate, onnxlr.compress):
+        with pytest.raises(kind, match=message):
+            stage(classifier(), [{"x": X}], config, labels=labels)
+
+
+def test_a_loss_or_labels_that_nothing_reads_are_refused() -> None:
+    for stage in (calibrate, onnxlr.compress):
+        with pytest.raises(ConfigError, match="the objective output uses no gradients: leave --loss cross-entropy out"):
+            stage(classifier(), [{"x": X}], replace(LOSS, objective="output"), labels=LABELS)
+    with pytest.raises(ConfigError, match="--labels without --loss"):
+        calibrate(classifier(), [{"x": X}], FISHER, labels=LABELS)
 
 
 def test_without_torch_the_message_says_what_to_install() -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from models import parsed, random, relative, run
 
 from onnxlr.config import Config, Target
-from onnxlr.costs import Macs, Parameters
+from onnxlr.costs import Latency, Macs, Parameters
 from onnxlr.factorize import Gain
 from onnxlr.forms import MAX_CONDITION
 from onnxlr.gram import Moments
@@ -31,7 +31,7 @@ from onnxlr.targets import Chooser, Planner
 from onnxlr.trial import Trial
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from onnxlr.config import Form, Objective
     from onnxlr.groups import Choice
@@ -170,6 +170,56 @@ def test_multiply_accumulates_are_the_elements_of_the_matrices(name: str) -> Non
                           for i in node.input[:2] if i in tensors]  # fmt: skip
             others = sum(w.macs or 0 for w in inventory.weights if w.name not in option.choice.cuts)
             assert option.cost == pytest.approx(sum(multiplied) - others, rel=1e-12)
+
+
+class Clockwork:
+    """Stands in for measured times: any that are not proportional to the work."""
+
+    def measure(self, products: Iterable[tuple[int, int, int]]) -> None:
+        pass
+
+    def product(self, rows: int, d_in: int, d_out: int) -> float:
+        return 1.0 + rows * (0.5 * d_in + 0.25 * d_out + d_in * d_out)
+
+    def moved(self, rows: int, features: int) -> float:
+        return 0.125 * rows * features
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_latency_is_the_sum_over_the_operators_of_the_rewritten_model(name: str) -> None:
+    shapes = {value: (1, width) for value, width in (("x", 12), ("h", 16), ("t", 12))}
+    outputs = {"q": 10 if name == "gate" else 8, "k": 8, "pv": 10, "p": 16, "s": 16, "g": 16, "u": 16, "a": 12}
+    outputs["y"] = 12 if name == "two sites" else 10
+    shapes |= {value: (1, width) for value, width in outputs.items()}
+    inventory = take_inventory(model_of(name), shapes)
+    parts = [replace(part, weight=weight) for part, weight in zip(parts_of(name), inventory.weights, strict=True)]
+    clockwork: Any = Clockwork()
+    costs = Latency(inventory, clockwork, 3, 1e6)
+    terms = Terms(Config(objective="output", **SETTINGS), costs, ones(parts))
+    # the rows of two sites are multiplied one after the other, and timed as if at once
+    rows, ends = (6, 2) if name == "two sites" else (3, 1)
+    seen = set()
+    for one in group(parts, inventory, terms.config):
+        for option in one.options(terms):
+            model = rewrite(inventory, option.choice.store(True))
+            inferred = onnx.shape_inference.infer_shapes(model.proto, strict_mode=True).graph
+            values = (*inferred.value_info, *inferred.output, *inferred.input)
+            widths = {v.name: v.type.tensor_type.shape.dim[-1].dim_value for v in values}
+            tensors = {tensor.name: tuple(tensor.dims) for tensor in model.proto.graph.initializer}
+            time = 0.0
+            for node in model.proto.graph.node:
+                if node.op_type in ("MatMul", "Gemm"):
+                    (weight,) = (tensors[i] for i in node.input[:2] if i in tensors)
+                    time += clockwork.product(rows, *weight) / ends
+                elif node.op_type == "Split" or node.name.endswith("/concat"):
+                    time += (
+                        clockwork.moved(rows, widths[(node.input if node.op_type == "Split" else node.output)[0]])
+                        / ends
+                    )
+                    seen.add(node.op_type)
+            others = sum(costs.dense(w) for w in inventory.weights if w.name not in option.choice.cuts)
+            assert option.cost == pytest.approx(time - others, rel=1e-12)
+    assert seen
 
 
 def weighed(part: Part, error: Array) -> float:
@@ -511,6 +561,18 @@ def test_joined_options_are_the_hull_of_all_sums(lists: list[list[Option[int]]])
             assert option.damage == below.damage
 
 
+def reachable(options: list[Option[Choice]]) -> list[Option[Choice]]:
+    """The options, and whatever steps lead to from them."""
+    found: dict[tuple[float, float], Option[Choice]] = {}
+    pending = list(options)
+    while pending:
+        option = pending.pop()
+        if (option.cost, option.damage) not in found:
+            found[option.cost, option.damage] = option
+            pending += option.steps(math.inf)
+    return list(found.values())
+
+
 @pytest.mark.parametrize("name", ["chain", "three", "two chains"])
 @pytest.mark.parametrize("share", [0.55, 0.7, 0.85])
 def test_allocation_over_groups_is_nearly_the_best_of_all(name: str, share: float) -> None:
@@ -530,7 +592,7 @@ def test_allocation_over_groups_is_nearly_the_best_of_all(name: str, share: floa
     importance |= {width_key(name): value for name, value in importance.items()}
     terms = Terms(config, Parameters(inventory), importance)
     groups = group(parts, inventory, config)
-    offered = [one.options(terms) for one in groups]
+    offered = [reachable(one.options(terms)) for one in groups]
     assert len(groups) == (2 if name == "two chains" else 1)
     planner = Planner(groups, terms)
     budget = share * planner.whole

@@ -74,10 +74,13 @@ def test_a_budget_is_met_from_below_and_used_up(
     left = share * before - after
     assert left >= 0
     for weight in report.weights:
-        # weights of a chain are decided on together, on the hull of all their sums, whose steps are larger
-        if weight.rank is not None and "width" not in forms:
-            width, dense = weight.d_in + weight.d_out, weight.d_in * weight.d_out
-            saved = {"pair": 0, "block": 1}[weight.form]
+        if weight.rank is not None:
+            form, _, units = weight.form.partition(" of ")
+            d_in, d_out = weight.d_in, weight.d_out
+            if units:  # of the one chain, from w1 to w2
+                d_in, d_out = (d_in, int(units.split()[0])) if weight.name == "w1" else (int(units.split()[0]), d_out)
+            width, dense = d_in + d_out, d_in * d_out
+            saved = {"pair": 0, "block": 1}[form]
             now, following = (rank * width - saved * rank**2 for rank in (weight.rank, weight.rank + 4))
             step = following - now if following <= 0.85 * dense else dense - now
             assert step > left

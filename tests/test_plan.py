@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxlr.plan import BudgetTooSmall, Option, allocate, lower_hull
+from onnxlr.plan import BudgetTooSmall, Option, allocate, joined, lower_hull
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -140,6 +140,33 @@ def test_what_is_left_is_spent_off_the_hull() -> None:
     # (3, 9) lies above the chord from (1, 10) to (9, 0), yet is all that a budget of 4 can buy
     options = {"w": [Option(1, 1, 10), Option(2, 3, 9), Option(None, 9, 0)]}
     assert allocate(options, 4)["w"].choice == 2
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), parts=st.lists(option_lists(), min_size=1, max_size=4), more=problems, share=st.floats(0, 1))
+def test_inside_a_group_nothing_affordable_is_left_either(
+    data: st.DataObject, parts: list[list[Option]], more: dict[str, list[Option]], share: float
+) -> None:
+    # a group of groups: the second half is joined first
+    half = data.draw(st.integers(0, len(parts) - 1))
+    inner = [option.revised(lambda choice: choice) for option in joined(parts[half:])]
+    nested: list[list[Option]] = [*parts[:half], inner]
+    doubled = [option.revised(lambda choice: ("revised", *choice), added=7) for option in joined(nested)]
+    options: dict[str, list[Option]] = {**more, "group": doubled}
+    least = sum(min(option.cost for option in choices) for choices in options.values())
+    budget = least + round(share * (21 * (len(parts) + len(more)) - least))
+    chosen = allocate(options, budget)
+    left = budget - cost(chosen)
+    assert left >= 0
+    mark, *flat = chosen["group"].choice
+    ranks = [*flat[:-1], *flat[-1]]
+    assert mark == "revised"
+    found = [next(o for o in choices if o.choice == rank) for choices, rank in zip(parts, ranks, strict=True)]
+    assert sum(option.cost for option in found) == chosen["group"].cost
+    assert sum(option.damage for option in found) + 7 == chosen["group"].damage
+    for choices, member in [*zip(parts, found, strict=True), *((more[name], chosen[name]) for name in more)]:
+        for option in choices:
+            assert not (option.cost - member.cost <= left and option.damage < member.damage)
 
 
 def test_no_weights_need_no_budget() -> None:

@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from onnxlr.config import Config
+from onnxlr.demo import Demo, DemoRow
 from onnxlr.errors import OutputError
 from onnxlr.metrics import OutputParity
 from onnxlr.report import FORMAT, ModelFigures, RefusalReport, Report, WeightReport
@@ -180,6 +181,8 @@ def test_an_objective_that_was_left_open_says_why_it_is_that_one() -> None:
     why = "the moments hold no gradients"
     assert f"objective output: {why}\n" in shown(render_report(report(objective_reason=why), verbose=False))
     assert "objective output:" not in shown(render_report(report(), verbose=False))
+    demo = Demo((DemoRow(report(objective_reason=why), VALIDATION, ()),))
+    assert f"objective output: {why}\n" in shown(demo.render(verbose=False))
 
 
 def test_every_weight_has_its_reason_where_one_asks() -> None:

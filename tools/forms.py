@@ -67,8 +67,8 @@ class Bench:
         self.dense = self._outputs(self.case.model)
         self.linear = sum(weight.parameters for weight in self.case.weights)
         self.rest = self.case.inventory.parameters - self.linear
-        fisher, _ = gather(self.case, dataclasses.replace(self.base, objective="fisher"), lambda *_: None)
-        utilized, _ = gather(self.case, dataclasses.replace(self.base, objective="utilized"), lambda *_: None)
+        fisher = gather(self.case, dataclasses.replace(self.base, objective="fisher"), lambda *_: None)
+        utilized = gather(self.case, dataclasses.replace(self.base, objective="utilized"), lambda *_: None)
         self.stats = {"weight": None, "utilized": utilized, "output": fisher, "fisher": fisher}
 
     def _outputs(self, model: onnxlr.Model) -> list[dict[str, np.ndarray]]:

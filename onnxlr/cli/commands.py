@@ -160,12 +160,14 @@ def analyze(
 @click.option("--calib", required=True, help=f"Calibration data: {DATA}")
 @click.option("-o", "--output", required=True, type=FILE, help="Where to write the moments (.safetensors).")
 @click.option("--objective", type=click.Choice(OBJECTIVES), default="auto", help="What the moments are for.")
+@click.option("--labels", type=FILE, help="Labels for --loss, one a sample of --calib: .npy, .npz, .txt or .csv.")
+@click.option("--loss", help="Gradients of a loss on --labels: cross-entropy, or module:function.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @selecting
 @running
 @common
 def calibrate(
-    model: Path, calib: str, output: Path, objective: Any, force: bool, images: ImageOptions,
+    model: Path, calib: str, output: Path, objective: Any, labels: Path | None, force: bool, images: ImageOptions,
     as_json: bool, quiet: bool, verbose: bool, **settings: Any,
 ) -> None:  # fmt: skip
     """Gather the moments of MODEL on data.
@@ -173,13 +175,16 @@ def calibrate(
     A file for `compress --stats`, `analyze --stats` and `merge`.
     """
     from onnxlr.api import calibrate as api
+    from onnxlr.case import resolve
     from onnxlr.files import require_writable
 
     require_writable(output, force=force)
+    config = Config(objective=objective, **settings)
     with progress_bars(quiet) as progress:
-        stats = api(model, calib, Config(objective=objective, **settings), images=images, progress=progress)
+        stats = api(model, calib, config, labels=labels, images=images, progress=progress)
     stats.save(output, force=force)
-    show_stats(stats, output, as_json)
+    resolved, why = resolve(config, stats)
+    show_stats(stats, output, as_json, objective=resolved.objective, reason=why)
 
 
 @cli.command()

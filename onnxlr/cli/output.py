@@ -38,8 +38,8 @@ def show_json(document: Any) -> None:
     click.echo(json.dumps(plain(document), indent=1, allow_nan=False))
 
 
-def show_stats(stats: Stats, output: Path, as_json: bool) -> None:
-    """Print what a moments file holds."""
+def show_stats(stats: Stats, output: Path, as_json: bool, *, objective: str = "", reason: str = "") -> None:
+    """Print what a moments file holds, and for which objective and why where that is known."""
     document = {
         "format": "onnxlr-moments/1",
         "output": str(output),
@@ -48,11 +48,15 @@ def show_stats(stats: Stats, output: Path, as_json: bool) -> None:
         "samples": stats.samples,
         "tensors": {key: {"rows": value.count, "dim": value.dim} for key, value in stats.moments.items()},
     }
+    if objective:
+        document |= {"objective": objective, "objective_reason": reason}
     if as_json:
         show_json(document)
     else:
         size = terminal.megabytes(output.stat().st_size)
         show([f"{stats.samples} samples, moments of {len(stats.moments)} tensors, {size}, written to {output}"])
+        if objective:
+            show([terminal.objective(objective, reason)])
 
 
 def describe_verdict(verdict: Verdict) -> str:

@@ -38,7 +38,7 @@ def render_report(report: Report, *, verbose: bool) -> Iterable[RenderableType]:
         + ("" if verbose else "; reasons with -v or in the report")
     )
     if report.objective_reason:
-        yield f"objective {report.config['objective']}: {report.objective_reason}"
+        yield objective(report.config["objective"], report.objective_reason)
     if fewer := _fewer_fused(report):
         yield f"onnxruntime fuses fewer operators: {fewer}"
     for warning in report.warnings if verbose else report.warnings[:3]:
@@ -52,6 +52,11 @@ def render_report(report: Report, *, verbose: bool) -> Iterable[RenderableType]:
     )  # fmt: skip
     if report.output is not None:
         yield f"written to {report.output}"
+
+
+def objective(name: str, reason: str) -> str:
+    """One line on which objective it is, and why where that was left open."""
+    return f"objective {name}: {reason}" if reason else f"objective {name}"
 
 
 def _fewer_fused(report: Report) -> str:

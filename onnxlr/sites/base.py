@@ -130,6 +130,8 @@ class Family(ABC):
     """One kind of linear operator."""
 
     ops: ClassVar[frozenset[str]]
+    adds_bias: ClassVar[bool]
+    """Whether its products take an addend, so that a correction needs no Add behind."""
 
     @abstractmethod
     def find(self, node: gs.Node, view: GraphView) -> Site | str | None:
@@ -145,7 +147,7 @@ class Family(ABC):
 
     @abstractmethod
     def stored_bias(self, site: Site, bias: NDArray[Any]) -> NDArray[Any]:
-        """A correction [d_out] in the shape in which it is added behind; only for sites without a `Bias`."""
+        """A correction [d_out] in the shape in which it is added; only for sites without a `Bias`."""
 
     @abstractmethod
     def addend(self, node: gs.Node) -> gs.Tensor | None:

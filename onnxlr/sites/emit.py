@@ -3,8 +3,8 @@
     dense    y = x W                              pair    h = x A, y = h B
     block    h = x A, y = [h, h M]   (output)     h = x_window + x_rest M, y = h B   (input)
 
-The tensor `y` keeps its name, whatever made it; a constant that the operator added stays with the last product, and
-where it had none, an Add of the correction follows.
+The tensor `y` keeps its name, whatever made it; a constant that the operator added stays with the last product. Where
+it had none, the last product takes the correction if its operator can, and an Add of the correction follows if not.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def emit(graph: gs.Graph, family: Family, site: Site, node: gs.Node, parts: Part
     """Replace `node` by the form that `parts` make up."""
     output = node.outputs[0]
     data = next(tensor for tensor in node.inputs if tensor.name == site.input)
-    added = parts.bias is not None and (site.bias is None or site.opaque_addend)
+    added = parts.bias is not None and (site.opaque_addend or (site.bias is None and not family.adds_bias))
     product = gs.Variable(f"{site.output}/product", dtype=output.dtype) if added else output
     addend = family.addend(node) if parts.bias is None or added else parts.bias
     node.outputs.clear()

@@ -2,7 +2,7 @@
 
 With the weight on the right, `W = alpha op(b)`: the pair is `Gemm(Gemm(op(x), A), B, c)`. With the weight on the left,
 `W = alpha op(a)^T`: features lie on the rows, and the pair is `Gemm(B^T, Gemm(A^T, op(x)), c)`. `alpha` goes into the
-first factor; `beta` and `c` stay with the second.
+first factor; `beta` and `c` stay with the second, and where there was no `c`, the correction of the bias is one.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ class Gemm(Family):
     """The operator Gemm."""
 
     ops = frozenset({"Gemm"})
+    adds_bias = True
 
     def find(self, node: gs.Node, view: GraphView) -> Site | str | None:
         left, right = (view.is_constant(tensor) for tensor in node.inputs[:2])
@@ -93,7 +94,8 @@ class Gemm(Family):
         left = site.output_axis == -2
         flip = "transB" if left else "transA"
         attributes = {flip: 1} if node.attrs.get(flip, 0) and data.name == site.input else {}
-        if addend is not None and "beta" in node.attrs:
+        # a correction that is the only addend is not what the operator's beta was for
+        if addend is not None and "beta" in node.attrs and _addend(node) is not None:
             attributes["beta"] = node.attrs["beta"]
         operands = [weight, data] if left else [data, weight]
         # without its addend a Gemm exists from opset 11 on only; MatMul is the same operator wherever it can be had

@@ -25,6 +25,7 @@ class MatMul(Family):
     """The operator MatMul."""
 
     ops = frozenset({"MatMul"})
+    adds_bias = False
 
     def find(self, node: gs.Node, view: GraphView) -> Site | str | None:
         left, right = (view.is_constant(tensor) for tensor in node.inputs)

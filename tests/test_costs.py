@@ -1,0 +1,207 @@
+"""Latency as a budget: what adds up, what costs nothing, and what a share of it promises. No assertion is timed."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from conftest import Result, decaying, mlp, rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import parsed
+
+import onnxlr
+from onnxlr import Config, Target, pipeline
+from onnxlr.costs import SIZES, Latency
+from onnxlr.errors import GateError
+from onnxlr.groups import Part, Terms, group
+from onnxlr.layer import Layer
+from onnxlr.sites import take_inventory
+from onnxlr.targets import Planner
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from pathlib import Path
+
+    from onnxlr.sites import Inventory
+
+FEEDS = [{"x": x[None]} for x in rows(320)]
+SETTINGS: dict[str, Any] = {"objective": "weight", "rank_multiple": 4, "rounds": 0, "threads": 1}
+
+
+class Clockwork:
+    """Stands in for measured times, with a price for every operator as such."""
+
+    def __init__(self) -> None:
+        self.asked: set[tuple[int, int, int]] = set()
+
+    def measure(self, products: Iterable[tuple[int, int, int]]) -> None:
+        self.asked.update(products)
+
+    def product(self, rows: int, d_in: int, d_out: int) -> float:
+        return 50.0 + rows * d_in * d_out / 64
+
+    def moved(self, rows: int, features: int) -> float:
+        return 5.0 + rows * features / 64
+
+
+def take(*, known: bool = True) -> Inventory:
+    """Two weights; of the second the rows are unknown where not `known`."""
+    rng = np.random.default_rng(0)
+    weights = {"w": decaying(rng, 96, 160), "v": decaying(rng, 160, 72)}
+    model = parsed(
+        "(float[N, 96] x) => (float[N, 72] y)", "h = MatMul(x, w) t = Softmax(h) y = MatMul(t, v)", **weights
+    )
+    shapes = {"x": (5, 96), "h": (5, 160)} | ({"t": (5, 160), "y": (5, 72)} if known else {})
+    return take_inventory(model, shapes)
+
+
+def costs_of(inventory: Inventory, batch: int, whole: float) -> tuple[Latency, Clockwork]:
+    clockwork: Any = Clockwork()
+    return Latency(inventory, clockwork, batch, whole), clockwork
+
+
+def planner(inventory: Inventory, costs: Latency) -> Planner:
+    parts = [Part(weight, Layer(inventory.matrix(weight))) for weight in inventory.weights]
+    config = Config(**SETTINGS)
+    importance = {part.name: 1 / part.decomposition.total for part in parts}
+    return Planner(group(parts, inventory, config), Terms(config, costs, importance))
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    batch=st.integers(1, 9),
+    products=st.lists(st.tuples(st.integers(1, 200), st.integers(1, 200)), min_size=1, max_size=4),
+    moved=st.integers(0, 300),
+    corrected=st.booleans(),
+)
+def test_times_of_products_and_of_what_is_moved_add_up(
+    batch: int, products: list[tuple[int, int]], moved: int, corrected: bool
+) -> None:
+    inventory = take()
+    costs, clockwork = costs_of(inventory, batch, 1e6)
+    weight = inventory.weights[0]
+    rows = 5 * batch
+    apart = sum(clockwork.product(rows, d, e) for d, e in products) + (clockwork.moved(rows, moved) if moved else 0.0)
+    assert costs.form(weight, tuple(products), moved=moved, corrected=corrected) == pytest.approx(apart, rel=1e-12)
+    assert costs.dense(weight) == clockwork.product(rows, 96, 160)
+
+
+def test_what_a_plan_will_ask_for_is_timed_together() -> None:
+    _, clockwork = costs_of(take(), 2, 1e6)
+    assert {(rows, d, e) for rows, d, e in clockwork.asked if SIZES not in (d, e)} == {
+        *((10, d, e) for d in (96,) for e in (128, 160)), *((10, d, e) for d in (128, 160) for e in (72,))}  # fmt: skip
+    assert {rows for rows, _, _ in clockwork.asked} == {10}
+
+
+def test_a_weight_of_unknown_rows_costs_nothing_and_stays_dense() -> None:
+    inventory = take(known=False)
+    w, v = inventory.weights
+    assert v.macs is None
+    costs, clockwork = costs_of(inventory, 2, 1e5)
+    assert costs.dense(v) == costs.form(v, ((160, 8), (8, 72)), moved=72, corrected=True) == 0
+    assert costs.dense(w) > 0
+    assert (10, 160, 72) not in clockwork.asked
+    plans = planner(inventory, costs)
+    choice = plans.fits(plans.least)
+    assert choice.cuts["w"].rank == 4
+    assert choice.cuts["v"].rank is None
+
+
+@settings(max_examples=40, deadline=None)
+@given(share=st.floats(0.01, 1.0), besides=st.floats(-500, 5000))
+def test_a_share_is_met_by_the_times_of_products_or_the_least_is_named(share: float, besides: float) -> None:
+    inventory = take()
+    costs, _ = costs_of(inventory, 2, 1.0)
+    whole = sum(costs.dense(weight) for weight in inventory.weights) + besides
+    costs, _ = costs_of(inventory, 2, whole)
+    plans = planner(inventory, costs)
+    try:
+        choice = plans.fits(share * whole)
+    except GateError as refusal:
+        said = str(refusal)
+        assert said.startswith(f"--max-latency {share:g} cannot be reached: ")
+        assert "\n" not in said
+        least = float(said.split(" keep ")[1].split(" of the model")[0])
+        assert share < plans.least / whole <= least <= plans.least / whole + 0.001
+        assert plans.fits(least * whole).cost <= least * whole * (1 + 1e-12)
+        return
+    assert choice.cost <= share * whole * (1 + 1e-12)
+    if share == 1:
+        assert all(cut.form == "dense" for cut in choice.cuts.values())
+
+
+def test_all_of_the_latency_leaves_the_model_as_it_is() -> None:
+    report = onnxlr.compress(mlp(), FEEDS, Config(target=Target("max_latency", 1.0), **SETTINGS))
+    assert [weight.form for weight in report.weights] == ["dense"] * 3
+    assert report.after.parameters == report.before.parameters
+    assert report.validation is not None
+    assert report.validation.error == 0
+
+
+def test_an_impossible_share_says_which_is_possible(compress: Callable[..., Result], tmp_path: Path) -> None:
+    result = compress("--max-latency", 0.0001, "--objective", "weight")
+    assert (result.code, result.out) == (3, "")
+    found = re.fullmatch(
+        r"onnxlr: error: --max-latency 0\.0001 cannot be reached: .* keep ([0-9.]+) of .*\n", result.err
+    )
+    assert found is not None
+    assert 0.0001 < float(found[1]) <= 1
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_a_share_from_the_command_line(compress: Callable[..., Result]) -> None:
+    result = compress("--max-latency", 1, "--objective", "weight", "--json")
+    assert (result.code, result.err) == (0, "")
+    document = json.loads(result.out)
+    assert document["config"]["target"] == {"kind": "max_latency", "value": 1.0}
+    for value in ("0", "1.5", "fast"):
+        misused = compress("--max-latency", value, "--force")
+        assert misused.code == 2
+        assert "Invalid value for '--max-latency'" in misused.err
+    two = compress("--max-latency", 0.9, "--keep-params", 0.5, "--force")
+    assert (two.code, two.out) == (2, "")
+    assert "one target at a time" in two.err
+
+
+@pytest.fixture
+def ratios(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[float]]:
+    """Sets what latency the models have, one after the other, over that of the dense one; times are clockwork."""
+
+    def given(*values: float) -> list[float]:
+        left = list(values)
+        monkeypatch.setattr(pipeline, "_latency", lambda *_: left.pop(0))
+        return left
+
+    def clockwork(case: Any, config: Config) -> Latency:
+        costs, _ = costs_of(case.inventory, 1, 1.0)
+        whole = sum(costs.dense(weight) for weight in case.inventory.weights)
+        return costs_of(case.inventory, 1, whole)[0]
+
+    monkeypatch.setattr(pipeline, "_costs", clockwork)
+    return given
+
+
+def test_a_model_that_takes_longer_than_its_products_is_planned_anew(ratios: Callable[..., list[float]]) -> None:
+    config = Config(target=Target("max_latency", 0.9), **SETTINGS)
+    sizes = []
+    for measured in ((0.9,), (0.95, 0.89), (0.95, 0.92, 0.9)):
+        left = ratios(*measured)
+        sizes.append(onnxlr.compress(mlp(), FEEDS, config).after.parameters)
+        assert not left
+    assert sizes[0] > sizes[1] > sizes[2]
+
+
+@pytest.mark.parametrize("measured", [(0.97, 0.96, 0.95), (100.0,)])
+def test_a_share_that_only_the_products_keep_is_refused_with_what_was_reached(
+    ratios: Callable[..., list[float]], measured: tuple[float, ...]
+) -> None:
+    # what would make up for a hundred times the latency cannot be planned, but was not asked for either
+    left = ratios(*measured)
+    took = rf"--max-latency 0\.9 holds for .* took {measured[-1]:.3f} of the dense latency: ask for at least that"
+    with pytest.raises(GateError, match=took):
+        onnxlr.compress(mlp(), FEEDS, Config(target=Target("max_latency", 0.9), **SETTINGS))
+    assert not left
