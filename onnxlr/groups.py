@@ -32,7 +32,7 @@ from onnxlr.plan import Option, joined, lower_hull
 from onnxlr.width import Elimination
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -43,9 +43,12 @@ if TYPE_CHECKING:
     from onnxlr.sites import Inventory, Weight
 
     Index = NDArray[np.intp]
+    Block = tuple[str, int | None, int]
 
 BLOCK_GAIN = 0.06
 """The share of a pair's parameters that a block has to save to be offered: its Concat or Split costs time."""
+ANY_RANK = 0
+"""In place of a rank: no block of the weight is offered."""
 NARROWED = (0.75, 0.5, 0.25)
 """The shares of a chain's hidden units at which the narrowed weights are offered as pairs and blocks as well."""
 LEAST_SCALE = 1e-6
@@ -81,9 +84,9 @@ def width_key(consumer: str) -> str:
 class BadlyConditionedError(Exception):
     """Blocks of these weights would amplify rounding too much."""
 
-    def __init__(self, names: Sequence[str]) -> None:
-        super().__init__(", ".join(names))
-        self.names = frozenset(names)
+    def __init__(self, blocks: Iterable[Block]) -> None:
+        self.blocks = frozenset(blocks)
+        super().__init__(", ".join(f"{name} at rank {rank}" for name, _, rank in sorted(self.blocks, key=str)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +117,21 @@ class Choice:
         return cls(
             {name: cut for choice in choices for name, cut in choice.cuts.items()},
             {name: damage for choice in choices for name, damage in choice.damages.items()},
-            lambda final: {name: stored for choice in choices for name, stored in choice.store(final).items()},
+            lambda final: _store(choices, final),
         )
+
+
+def _store(choices: Sequence[Choice], final: bool) -> dict[str, Stored]:
+    stored: dict[str, Stored] = {}
+    refused: set[Block] = set()
+    for choice in choices:
+        try:
+            stored |= choice.store(final)
+        except BadlyConditionedError as refusal:
+            refused |= refusal.blocks
+    if refused:
+        raise BadlyConditionedError(refused)
+    return stored
 
 
 @dataclass(frozen=True)
@@ -167,6 +183,10 @@ class Part:
         """That of its weight."""
         return self.weight.name
 
+    def block(self, rank: int, *, shared: bool = False) -> Block:
+        """What tells its block of this rank from others; one that is shared goes by the first weight that has it."""
+        return f"{self.name}{' and others' if shared else ''}", self.width, rank
+
     @property
     def width(self) -> int | None:
         """The hidden units left, where it was narrowed."""
@@ -197,14 +217,19 @@ class Part:
 class Terms:
     """On what terms groups make their offers.
 
-    `importance` is the squared error of the model's outputs for a unit of a weight's damage; `no_blocks` are weights
-    whose blocks proved badly conditioned.
+    `importance` is the squared error of the model's outputs for a unit of a weight's damage; `no_blocks` are those that
+    proved badly conditioned.
     """
 
     config: Config
     costs: Costs
     importance: Mapping[str, float]
-    no_blocks: frozenset[str] = frozenset()
+    no_blocks: frozenset[Block] = frozenset()
+
+    def refuses(self, block: Block) -> bool:
+        """Whether a block proved badly conditioned."""
+        name, width, _ = block
+        return block in self.no_blocks or (name, width, ANY_RANK) in self.no_blocks
 
     def damage(self, key: str, damage: float) -> float:
         """The damage of a weight, or of what `width_key` stands for, in squared relative error."""
@@ -274,9 +299,11 @@ class Single:
     def _blocks(self, terms: Terms) -> Iterator[Option[Choice]]:
         part, d_in, d_out = self.part, self.part.layer.d_in, self.part.layer.d_out
         side = best_side(part.weight, d_in, d_out)
-        if "block" not in terms.config.forms or side is None or part.name in terms.no_blocks:
+        if "block" not in terms.config.forms or side is None:
             return
         for rank in block_ranks(d_in, d_out, terms.config):
+            if terms.refuses(part.block(rank)):
+                continue
             damage = terms.damage(part.name, part.decomposition.damage(rank))
             cut = Cut("block", rank, part.width)
             choice = Choice({part.name: cut}, {part.name: damage}, self._storing(rank, side))
@@ -293,7 +320,7 @@ class Single:
             assert pair.first is not None
             window = best_window(pair.first if side == "input" else pair.second, side)
             if window.condition > MAX_CONDITION[part.weight.dtype]:
-                raise BadlyConditionedError([part.name])
+                raise BadlyConditionedError([part.block(rank)])
             return {part.name: as_block(pair, window)}
 
         return store
@@ -317,7 +344,7 @@ class Shared:
 
     def _together(self, decomposition: Decomposition, terms: Terms) -> Iterator[Option[Choice]]:
         d_in, widths = self.parts[0].layer.d_in, [part.layer.d_out for part in self.parts]
-        blocks = all("input" in p.weight.block_sides and p.name not in terms.no_blocks for p in self.parts)
+        blocks = all("input" in part.weight.block_sides for part in self.parts)
         for rank in ranks(terms.config, min(d_in, sum(widths))):
             damage = decomposition.damage(rank)
             # the least gain in error is spread over the weights by their share of the parameters
@@ -327,7 +354,8 @@ class Shared:
             if "pair" in terms.config.forms and rank * (d_in + sum(widths)) <= terms.config.margin * d_in * sum(widths):
                 cost = seconds + terms.price(self.parts[0], pair, corrected=False)
                 yield Option(self._choice(rank, "pair", damages, decomposition), cost, damage)
-            if blocks and "block" in terms.config.forms and _worth_a_block(rank, d_in, sum(widths), terms.config):
+            worth = "block" in terms.config.forms and _worth_a_block(rank, d_in, sum(widths), terms.config)
+            if blocks and worth and not terms.refuses(self.parts[0].block(rank, shared=True)):
                 cost = seconds + terms.price(self.parts[0], block, moved=d_in, corrected=False)
                 yield Option(self._choice(rank, "block", damages, decomposition), cost, damage)
 
@@ -340,7 +368,7 @@ class Shared:
             if final and form == "block":
                 window = best_window(factors.first, "input")
                 if window.condition > MAX_CONDITION[self.parts[0].weight.dtype]:
-                    raise BadlyConditionedError([part.name for part in self.parts])
+                    raise BadlyConditionedError([self.parts[0].block(rank, shared=True)])
                 pairs = as_shared_block(pairs, window)
             return {part.name: pair for part, pair in zip(self.parts, pairs, strict=True)}
 

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import TYPE_CHECKING
 
 from onnxlr.config import BUDGETS
 from onnxlr.errors import GateError
-from onnxlr.groups import BadlyConditionedError, Choice, Cut, Terms
+from onnxlr.groups import ANY_RANK, BadlyConditionedError, Choice, Cut, Terms
 from onnxlr.importance import factors, measure_again, measure_alone
 from onnxlr.plan import BudgetTooSmall, allocate
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from onnxlr.costs import Costs
     from onnxlr.factorize import Factors
     from onnxlr.forms import Stored
-    from onnxlr.groups import Group, Part
+    from onnxlr.groups import Block, Group, Part
     from onnxlr.plan import Option
     from onnxlr.trial import Observed, Trial
 
@@ -161,6 +162,19 @@ def by_energy(parts: Sequence[Part], energy: float, config: Config) -> Plan:
     return Plan(cuts, stored, kept, None)
 
 
+def well_conditioned(choice: Choice, again: Callable[[frozenset[Block]], Choice]) -> tuple[Choice, dict[str, Stored]]:
+    """A choice and its arrays; where blocks of it are badly conditioned, what is chosen `again` without those."""
+    refused: set[Block] = set()
+    for trial in count():
+        try:
+            return choice, choice.store(True)
+        except BadlyConditionedError as refusal:
+            # one rank at first; a weight that is refused again and again has no good block at any
+            refused |= {(name, width, rank if trial < 2 else ANY_RANK) for name, width, rank in refusal.blocks}
+            choice = again(frozenset(refused))
+    raise AssertionError("unreachable: there are only so many blocks")
+
+
 class Chooser:
     """Finds the plan that meets the configured target.
 
@@ -195,7 +209,6 @@ class Chooser:
         self._groups, self._trial, self._costs = groups, trial, costs
         self._parts = {part.name: part for members in groups for part in members.parts}
         self._probed, self._held_out, self._config, self._progress = probed, held_out, config, progress
-        self._no_blocks: frozenset[str] = frozenset()
         self._importance = measure_alone(
             self._groups, trial, probed, config, lambda done: progress("importance", done, len(self._parts))
         )
@@ -221,22 +234,15 @@ class Chooser:
                 self._importance = kept
                 break
             best = found
-        while True:
-            try:
-                return self._finished(best)
-            except BadlyConditionedError as refusal:
-                self._no_blocks |= refusal.names
-                best = self._search(self._planner(), limit)
-
-    def _planner(self) -> Planner:
-        return Planner(self._groups, Terms(self._config, self._costs, self._importance, self._no_blocks))
-
-    def _finished(self, choice: Choice) -> Plan:
+        choice, stored = well_conditioned(best, lambda refused: self._search(self._planner(refused), limit))
         energy = {}
         for name, damage in choice.damages.items():
             total = self._importance[name] * self._parts[name].decomposition.total
             energy[name] = 1 - damage / total if total else 1.0
-        return Plan(choice.cuts, choice.store(True), energy, choice.damages)
+        return Plan(choice.cuts, stored, energy, choice.damages)
+
+    def _planner(self, no_blocks: frozenset[Block] = frozenset()) -> Planner:
+        return Planner(self._groups, Terms(self._config, self._costs, self._importance, no_blocks))
 
     def _factors(self, choice: Choice) -> dict[str, Factors]:
         return factors(list(self._parts.values()), choice.store(False))

@@ -20,7 +20,19 @@ from onnxlr.costs import Latency, Macs, Parameters
 from onnxlr.factorize import Gain
 from onnxlr.forms import MAX_CONDITION
 from onnxlr.gram import Moments
-from onnxlr.groups import BadlyConditionedError, Chained, Cut, Part, Shared, Single, Terms, group, hull, width_key
+from onnxlr.groups import (
+    ANY_RANK,
+    BadlyConditionedError,
+    Chained,
+    Cut,
+    Part,
+    Shared,
+    Single,
+    Terms,
+    group,
+    hull,
+    width_key,
+)
 from onnxlr.importance import factors, measure_alone
 from onnxlr.layer import Layer
 from onnxlr.plan import Option, joined, lower_hull
@@ -462,8 +474,11 @@ def test_a_block_that_would_amplify_rounding_is_refused() -> None:
         assert pair.window is None
         with pytest.raises(BadlyConditionedError, match="w") as refused:
             option.choice.store(True)
-        assert refused.value.names == {"w"}
-    left = Single(part).options(replace(terms, no_blocks=frozenset({"w"})))
+        rank = option.choice.cuts["w"].rank
+        assert refused.value.blocks == {("w", None, rank)}
+        left = Single(part).options(replace(terms, no_blocks=refused.value.blocks))
+        assert {o.choice.cuts["w"] for o in options} - {o.choice.cuts["w"] for o in left} == {Cut("block", rank)}
+    left = Single(part).options(replace(terms, no_blocks=frozenset({("w", None, ANY_RANK)})))
     assert {option.choice.cuts["w"].form for option in left} == {"dense", "pair"}
 
 

@@ -32,7 +32,7 @@ from onnxlr.metrics import relative_error
 from onnxlr.pipeline import IMPORTANCE_SAMPLES, parts_of
 from onnxlr.rewrite import rewrite
 from onnxlr.session import Session
-from onnxlr.targets import Planner
+from onnxlr.targets import Planner, well_conditioned
 from onnxlr.trial import Trial
 from onnxlr.validate import compare
 
@@ -103,18 +103,21 @@ class Objective:
         self.groups = {forms: every}
         self.alone = measure_alone(every, self.trial, self.probed, self.config, lambda _: None)
 
-    def plan(self, share: float, allocation: Any, forms: Any, rounds: int) -> Choice:
-        """The choice for a share of the linear layers' parameters."""
+    def plan(self, share: float, allocation: Any, forms: Any, rounds: int) -> tuple[Choice, Any]:
+        """The choice for a share of the linear layers' parameters, and its arrays."""
         bench = self.bench
         config = dataclasses.replace(self.config, allocation=allocation, forms=forms)
         groups = self.groups.setdefault(forms, group(self.parts, bench.case.inventory, config))
         importance: Any = self.alone
         budget = bench.rest + share * bench.linear
-        for number in range(rounds + 1):
-            choice = Planner(groups, Terms(config, Parameters(bench.case.inventory), importance)).fits(budget)
-            if number < rounds:
-                importance = measure_again(choice, groups, importance, self.trial, self.probed, lambda _: None)
-        return choice
+
+        def fits(refused: Any = frozenset()) -> Choice:
+            terms = Terms(config, Parameters(bench.case.inventory), importance, refused)
+            return Planner(groups, terms).fits(budget)
+
+        for _ in range(rounds):
+            importance = measure_again(fits(), groups, importance, self.trial, self.probed, lambda _: None)
+        return well_conditioned(fits(), fits)
 
 
 def predicted(choice: Choice) -> float:
@@ -150,11 +153,11 @@ def main() -> None:
                     cells.append("-")
                     continue
                 try:
-                    choice = objective.plan(share, allocation, forms, arguments.rounds)
+                    choice, stored = objective.plan(share, allocation, forms, arguments.rounds)
                 except onnxlr.OnnxlrError as refusal:
                     cells.append(f"not within it ({str(refusal)[:40]})")
                     continue
-                error, metric = bench.measure(rewrite(bench.case.inventory, choice.store(True)))
+                error, metric = bench.measure(rewrite(bench.case.inventory, stored))
                 cells.append(f"{error:.4f} ({100 * metric:.2f})")
                 if allocation == "global":
                     points.append((name, predicted(choice), error))
