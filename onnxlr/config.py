@@ -75,6 +75,8 @@ class Config:
         Ranks are multiples of this number: hardware runs them faster.
     margin
         No form that keeps more than this share of a weight's parameters is used: it saves little and adds operators.
+    floor
+        No rank and no number of hidden units below this share of the full one is used.
     forms
         What may be made of a weight: a plain pair; a pair with an identity block; pairs with one first factor for
         weights that read the same tensor; fewer hidden units.
@@ -106,6 +108,7 @@ class Config:
     ranks: Mapping[str, int] = field(default_factory=dict)
     rank_multiple: int = 16
     margin: float = 0.85
+    floor: float = 0.0
     forms: frozenset[Form] = frozenset(FORMS)
     allocation: Allocation = "global"
     rounds: int = 1
@@ -140,6 +143,8 @@ class Config:
             )
         if not 0 < self.margin <= 1:
             raise ConfigError(f"margin must be above 0 and at most 1, not {self.margin}")
+        if not 0 <= self.floor < 1:
+            raise ConfigError(f"floor must be at least 0 and below 1, not {self.floor}")
         for pattern, rank in self.ranks.items():
             if rank < 1:
                 raise ConfigError(f"the rank for {pattern!r} must be at least 1, not {rank}")

@@ -11,6 +11,7 @@ choice stores nothing until it is asked to.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -400,6 +401,12 @@ class Chained:
         root = None if layer.gain is None else layer.gain.root
         return Elimination(layer.matrix, layer.moments, root, self._config.rank_multiple)
 
+    @property
+    def widths(self) -> list[int]:
+        """The numbers of hidden units on offer, rising."""
+        least = self._config.floor * self.consumer.layer.d_in
+        return [width for width in self.elimination.widths if width >= least]
+
     @cached_property
     def _whole(self) -> tuple[Group, Group]:
         return self._groups(self._producers, self.consumer)
@@ -407,7 +414,7 @@ class Chained:
     @cached_property
     def _narrowed(self) -> dict[int, tuple[Group, Group]]:
         full = self.consumer.layer.d_in
-        widths = self.elimination.widths
+        widths = self.widths
         wanted = {min(widths, key=lambda width: abs(width - share * full)) for share in NARROWED} if widths else set()
         return {width: self._narrow(width) for width in wanted}
 
@@ -432,7 +439,7 @@ class Chained:
 
     def options(self, terms: Terms) -> list[Option[Choice]]:
         found = [_chosen(option, 0.0, self.consumer.name) for option in _joined_options(self._whole, terms)]
-        for width in self.elimination.widths:
+        for width in self.widths:
             lost = terms.damage(width_key(self.consumer.name), self.elimination.damage(width))
             if width in self._narrowed:
                 offers = _joined_options(self._narrowed[width], terms)
@@ -495,8 +502,9 @@ def _worth_a_block(rank: int, d_in: int, d_out: int, config: Config) -> bool:
 
 
 def ranks(config: Config, full: int) -> range:
-    """The ranks on offer below full rank: multiples of what the hardware likes."""
-    return range(config.rank_multiple, full, config.rank_multiple)
+    """The ranks on offer below full rank: multiples of what the hardware likes, from the floor on."""
+    least = max(1, math.ceil(config.floor * full / config.rank_multiple))
+    return range(least * config.rank_multiple, full, config.rank_multiple)
 
 
 def pair_ranks(d_in: int, d_out: int, config: Config) -> list[int]:

@@ -62,7 +62,7 @@ def measure_alone(
 
 
 def _narrowed(group: Chained, trial: Trial, probed: Observed) -> float:
-    widths = group.elimination.widths
+    widths = group.widths
     if not widths:
         return 0.0
     width = widths[len(widths) // 2]

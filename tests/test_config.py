@@ -64,6 +64,8 @@ def test_an_unknown_target_lists_the_known_ones() -> None:
         ({"margin": math.nan}, "margin must be above 0 and at most 1, not nan"),
         ({"forms": frozenset({"pair", "star"})}, "unknown form 'star': choose of pair, block, shared, width"),
         ({"allocation": "fair"}, "unknown allocation 'fair': choose one of global, uniform"),
+        ({"floor": -0.1}, "floor must be at least 0 and below 1, not -0.1"),
+        ({"floor": 1.0}, "floor must be at least 0 and below 1, not 1.0"),
         ({"rounds": -1}, "rounds must be at least 0, not -1"),
         ({"ranks": {"*fc1": 8, "head": 0}}, "the rank for 'head' must be at least 1, not 0"),
     ],

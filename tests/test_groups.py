@@ -461,6 +461,23 @@ class Errors:
         return float(np.sqrt(sum(lost)) / 100)
 
 
+@pytest.mark.parametrize("floor", [0.0, 0.3, 0.5, 0.9])
+def test_nothing_is_offered_below_the_floor(floor: float) -> None:
+    weights = {"w": random(1, 16, 32), "v": random(2, 32, 16)}
+    model = parsed("(float[N, 16] x) => (float[N, 16] y)", "h = MatMul(x, w) t = Relu(h) y = MatMul(t, v)", **weights)
+    inventory = take_inventory(model)
+    config = Config(objective="weight", floor=floor, **SETTINGS)
+    parts = [Part(weight, Layer(inventory.matrix(weight))) for weight in inventory.weights]
+    (chain,) = group(parts, inventory, config)
+    terms = Terms(config, Parameters(inventory), dict.fromkeys(["w", "v", width_key("v")], 1.0))
+    cuts = [cut for option in chain.options(terms) for cut in option.choice.cuts.values()]
+    kept = [cut.width for cut in cuts if cut.width is not None]
+    assert all(width >= floor * 32 for width in kept)
+    assert all(cut.rank >= floor * min(16, cut.width or 32) for cut in cuts if cut.rank is not None)
+    # and the lowest that it allows is there
+    assert min(kept) == math.ceil(max(floor * 32, 1) / config.rank_multiple) * config.rank_multiple
+
+
 def test_a_block_that_would_amplify_rounding_is_refused() -> None:
     inventory = take_inventory(singular())
     part = Part(inventory.weights[0], Layer(inventory.matrix(inventory.weights[0])))

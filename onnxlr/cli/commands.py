@@ -229,6 +229,8 @@ def merge(stats: Sequence[Path], output: Path, force: bool, as_json: bool, quiet
 )
 @click.option("--rank-multiple", default=16, type=POSITIVE, help="Ranks are multiples of it, as hardware likes them.")
 @click.option("--margin", default=0.85, type=SHARE, help="No form that keeps more than this share of a weight.")
+@click.option("--floor", default=0.0, type=click.FloatRange(0, 1, max_open=True),
+              help="No rank or hidden width below this share of the full one.")  # fmt: skip
 @click.option("--forms", default=",".join(FORMS), help="What may be made of weights, separated by commas.")
 @click.option("--allocation", default="global", type=click.Choice(ALLOCATIONS),
               help="One budget for the whole model, or the same share for every weight.")  # fmt: skip
