@@ -10,7 +10,8 @@ block
     so `y = [h, h M]` or `[h M, h]`; on the input side `T^-1` are `r` neighbouring rows of `A`, so
     `h = x_window + x_rest M`. `r (d_in + d_out) - r^2` parameters: fewer than dense at every rank below full, and the
     same error as the pair. The window lies at the start or at the end, where one Concat or Split of two parts does, and
-    of the two it is the one whose `T` is better conditioned: rounding is amplified by its condition number.
+    of the two it is the one whose `T` is better conditioned: rounding is amplified by its condition number. Where that
+    is too large, the hidden units between two layers can be put in a better order (`onnxlr.order`).
 
 A pair or block may share its first factor with other weights that read the same tensor, and any form may stand for a
 narrowed weight.

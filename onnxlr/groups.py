@@ -29,6 +29,7 @@ from onnxlr.forms import (
     pair_products,
 )
 from onnxlr.layer import Layer, stacked
+from onnxlr.order import blocks_among_units
 from onnxlr.plan import Option, joined, lower_hull
 from onnxlr.width import Elimination
 
@@ -438,15 +439,52 @@ class Chained:
         return self._groups(producers, consumer)
 
     def options(self, terms: Terms) -> list[Option[Choice]]:
-        found = [_chosen(option, 0.0, self.consumer.name) for option in _joined_options(self._whole, terms)]
+        found = [self._chosen(option, 0.0) for option in _joined_options(self._whole, terms)]
         for width in self.widths:
             lost = terms.damage(width_key(self.consumer.name), self.elimination.damage(width))
             if width in self._narrowed:
-                offers = _joined_options(self._narrowed[width], terms)
-                found += [_chosen(option, lost, self.consumer.name) for option in offers]
+                found += [self._chosen(option, lost) for option in _joined_options(self._narrowed[width], terms)]
             else:
                 found.append(self._dense_option(width, lost, terms))
         return found
+
+    def _chosen(self, option: Option[tuple[Choice, ...]], lost: float) -> Option[Choice]:
+        name = self.consumer.name
+
+        def choose(choices: tuple[Choice, ...]) -> Choice:
+            choice = Choice.of(choices)
+            damages = {**choice.damages, name: choice.damages[name] + lost}
+            return replace(choice, damages=damages, store=lambda final: self._store(choice, final))
+
+        return option.revised(choose, lost)
+
+    def _store(self, choice: Choice, final: bool) -> dict[str, Stored]:
+        """As chosen; blocks without a well conditioned window of their own have it among the hidden units."""
+        try:
+            return choice.store(final)
+        except BadlyConditionedError:
+            blocks = [part for part in self.parts if choice.cuts[part.name].form == "block"]
+            sides: dict[str, Side] = dict.fromkeys((part.name for part in self._producers), "output")
+            sides[self.consumer.name] = "input"
+            cuts = [choice.cuts[part.name] for part in blocks]
+            units = cuts[0].width or self.consumer.layer.d_in
+            if (
+                len(blocks) > 2
+                or sum(cut.rank or 0 for cut in cuts) > units
+                or any(cut.shared for cut in cuts)
+                or any(sides[part.name] not in part.weight.block_sides for part in blocks)
+            ):
+                raise
+        stored = {part.name: Stored(None, part.layer.matrix, None) for part in self.parts} | choice.store(False)
+        result = blocks_among_units(stored, sides, [part.name for part in blocks], units)
+        bad = [
+            (part.name, cut.width, cut.rank or 0)
+            for part, cut in zip(blocks, cuts, strict=True)
+            if _condition(result[part.name]) > MAX_CONDITION[part.weight.dtype]
+        ]
+        if bad:
+            raise BadlyConditionedError(bad)
+        return result
 
     def _dense_option(self, width: int, lost: float, terms: Terms) -> Option[Choice]:
         cost = terms.price(
@@ -484,12 +522,8 @@ def _joined_options(groups: Sequence[Group], terms: Terms) -> list[Option[tuple[
     return joined([group.options(terms) for group in groups])
 
 
-def _chosen(option: Option[tuple[Choice, ...]], lost: float, consumer: str) -> Option[Choice]:
-    def choose(choices: tuple[Choice, ...]) -> Choice:
-        choice = Choice.of(choices)
-        return replace(choice, damages={**choice.damages, consumer: choice.damages[consumer] + lost})
-
-    return option.revised(choose, lost)
+def _condition(stored: Stored) -> float:
+    return 1.0 if stored.window is None else stored.window.condition
 
 
 def _read_one_tensor(parts: Sequence[Part]) -> bool:

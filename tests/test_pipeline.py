@@ -414,12 +414,16 @@ def test_nothing_to_compress(tmp_path: Path) -> None:
         shrink(model, FEEDS, tmp_path, Target("keep_params", 0.5))
 
 
-def test_half_precision(tmp_path: Path) -> None:
-    model = mlp()
+def half_of(model: onnx.ModelProto) -> onnx.ModelProto:
     for tensor in model.graph.initializer:
         tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.elem_type = TensorProto.FLOAT16
+    return model
+
+
+def test_half_precision(tmp_path: Path) -> None:
+    model = half_of(mlp())
     settings: dict[str, Any] = {"objective": "output", "forms": frozenset({"pair", "width"})}
     report, written = shrink(model, FEEDS, tmp_path, Target("keep_params", 0.6), **settings)
     assert {tensor.data_type for tensor in written.graph.initializer} == {TensorProto.FLOAT16}
@@ -430,6 +434,28 @@ def test_half_precision(tmp_path: Path) -> None:
     assert single.validation is not None
     assert report.validation.error == pytest.approx(error, rel=0.02)
     assert report.validation.error == pytest.approx(single.validation.error, rel=0.05)
+
+
+def test_half_precision_has_blocks_among_hidden_units(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    weights = {"w1": decaying(generator, 64, 96, 0.93), "w2": decaying(generator, 96, 64, 0.93)}
+    weights |= {"b1": generator.standard_normal(96).astype(np.float32)}
+    body = "g (float[N, 64] x) => (float[N, 64] y) { p = MatMul(x, w1) s = Add(p, b1) h = Relu(s) y = MatMul(h, w2) }"
+    model = half_of(parse(body, weights))
+    settings: dict[str, Any] = {"objective": "output", "forms": frozenset({"block", "width"}), "rank_multiple": 8}
+    report, written = shrink(model, FEEDS, tmp_path, Target("keep_params", 0.5), **settings)
+    onnx.checker.check_model(written, full_check=True)
+    assert report.after.parameters == elements(written) <= 0.5 * elements(model)
+    assert {weight.form.split()[0] for weight in report.weights} == {"block"}
+    # the hidden units are made in two parts and read in two
+    joined = [node for node in written.graph.node if node.op_type in ("Concat", "Split")]
+    assert [(node.op_type, node.output[0] if node.op_type == "Concat" else node.input[0]) for node in joined] == [
+        ("Concat", "p"), ("Split", "h")]  # fmt: skip
+    half = X[1::8].astype(np.float16)
+    error = relative(run(model, {"x": half})["y"], run(written, {"x": half})["y"])
+    assert report.validation is not None
+    assert report.validation.error == pytest.approx(error, rel=0.02)
+    assert report.validation.error == pytest.approx(report.predicted_error, rel=0.5)
 
 
 def test_data_beat_the_weight_alone(tmp_path: Path) -> None:
