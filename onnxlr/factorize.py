@@ -84,6 +84,9 @@ class Decomposition(Protocol):
     def cut(self, rank: int) -> Factors:
         """Balanced factors of rank `rank`."""
 
+    def unbalanced(self, rank: int) -> Factors:
+        """The same product as it comes, for those who go on to change it."""
+
     def cut_by_energy(self, energy: float, rank: int) -> tuple[Factors, float]:
         """Balanced factors that keep the share `energy`, at a rank of at least `rank_for(energy)`, and their damage."""
 
@@ -106,7 +109,10 @@ class _Ordered(ABC):
         return rank_for_energy(self._energies, energy)
 
     @abstractmethod
-    def cut(self, rank: int) -> Factors: ...
+    def unbalanced(self, rank: int) -> Factors: ...
+
+    def cut(self, rank: int) -> Factors:
+        return balanced(self.unbalanced(rank))
 
     def cut_by_energy(self, energy: float, rank: int) -> tuple[Factors, float]:
         return self.cut(rank), self.damage(rank)
@@ -120,6 +126,9 @@ class WeightDecomposition(_Ordered):
         super().__init__(self._singular**2)
 
     def cut(self, rank: int) -> Factors:
+        return self.unbalanced(rank)
+
+    def unbalanced(self, rank: int) -> Factors:
         root = np.sqrt(self._singular[:rank])
         return Factors(self._left[:, :rank] * root, root[:, None] * self._right[:rank], None)
 
@@ -173,10 +182,10 @@ class OutputDecomposition(_Ordered):
         # added to the spectrum, where what rounding made negative is 0 already: every direction keeps its ridge
         return output_spectrum(self._weight, Spectrum(inputs.values + ridge * energy / squared, inputs.vectors))
 
-    def cut(self, rank: int) -> Factors:
+    def unbalanced(self, rank: int) -> Factors:
         kept = self._basis[:, :rank]
         bias = self._mean - (self._mean @ kept) @ kept.T
-        return balanced(Factors(self._weight @ kept, kept.T, bias))
+        return Factors(self._weight @ kept, kept.T, bias)
 
 
 class WeighedDecomposition:
@@ -204,9 +213,12 @@ class WeighedDecomposition:
         return self._inner.rank_for(energy)
 
     def cut(self, rank: int) -> Factors:
-        weighed, back = self._inner.cut(rank), self._gain.inverse_root
+        return balanced(self.unbalanced(rank))
+
+    def unbalanced(self, rank: int) -> Factors:
+        weighed, back = self._inner.unbalanced(rank), self._gain.inverse_root
         bias = None if weighed.bias is None else weighed.bias @ back
-        return balanced(Factors(weighed.first, weighed.second @ back, bias))
+        return Factors(weighed.first, weighed.second @ back, bias)
 
     def cut_by_energy(self, energy: float, rank: int) -> tuple[Factors, float]:
         return self.cut(rank), self.damage(rank)
@@ -274,6 +286,9 @@ class UtilizedDecomposition:
 
     def rank_for(self, energy: float) -> int:
         return min(rank_for_energy(self._inputs.values, energy), rank_for_energy(self._outputs.values, energy))
+
+    def unbalanced(self, rank: int) -> Factors:
+        return self.cut(rank)
 
     def cut(self, rank: int) -> Factors:
         if rank >= min(self._weight.shape):

@@ -2,22 +2,34 @@
 
     Single    one weight: dense, a pair, or a block
     Shared    weights that read one tensor: each on its own, or all with one first factor
-    Chain     weights that make hidden units and the one that reads them: as they are, or with fewer units, and on top
+    Chained   weights that make hidden units and the one that reads them: as they are, or with fewer units, and on top
               of that whatever the narrowed weights offer
+    Several   weights side by side that share nothing
 
-A group's options are choices with a cost and a predicted damage: the squared relative error of the model's outputs. A
-choice stores nothing until it is asked to.
+A group's options are choices with a cost and a predicted damage: the squared relative error of the model's outputs.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
+from onnxlr.choice import (
+    BadlyConditionedError,
+    Choice,
+    Cut,
+    Narrowing,
+    Part,
+    best_side,
+    block_ranks,
+    pair_ranks,
+    ranks,
+    width_key,
+    worth_a_block,
+)
 from onnxlr.factorize import Factors
 from onnxlr.forms import (
     MAX_CONDITION,
@@ -28,220 +40,24 @@ from onnxlr.forms import (
     block_products,
     pair_products,
 )
-from onnxlr.layer import Layer, stacked
+from onnxlr.layer import stacked
 from onnxlr.order import blocks_among_units
 from onnxlr.plan import Option, joined, lower_hull
 from onnxlr.width import Elimination
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from numpy.typing import NDArray
-
+    from onnxlr.choice import Terms
     from onnxlr.config import Config
-    from onnxlr.costs import Costs
     from onnxlr.factorize import Decomposition
-    from onnxlr.forms import Products, Side
-    from onnxlr.sites import Inventory, Weight
+    from onnxlr.forms import Side
+    from onnxlr.sites import Inventory
 
-    Index = NDArray[np.intp]
-    Block = tuple[str, int | None, int]
-
-BLOCK_GAIN = 0.06
-"""The share of a pair's parameters that a block has to save to be offered: its Concat or Split costs time."""
-ANY_RANK = 0
-"""In place of a rank: no block of the weight is offered."""
 NARROWED = (0.75, 0.5, 0.25)
 """The shares of a chain's hidden units at which the narrowed weights are offered as pairs and blocks as well."""
 LEAST_SCALE = 1e-6
 """The least importance of a weight in a shared first factor, relative to the largest: it cannot be 0."""
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """How one weight is kept.
-
-    `rank` is None for dense, `width` the number of hidden units left where it was narrowed, `shared` whether its first
-    factor also serves others.
-    """
-
-    form: Literal["dense", "pair", "block"] = "dense"
-    rank: int | None = None
-    width: int | None = None
-    shared: bool = False
-
-    def __str__(self) -> str:
-        return (
-            self.form
-            + (" with a shared first factor" if self.shared else "")
-            + (f" of {self.width} hidden units" if self.width is not None else "")
-        )
-
-
-def width_key(consumer: str) -> str:
-    """Under which the importance of dropping hidden units is kept, those that the weight `consumer` reads."""
-    return f"{consumer}:width"
-
-
-class BadlyConditionedError(Exception):
-    """Blocks of these weights would amplify rounding too much."""
-
-    def __init__(self, blocks: Iterable[Block]) -> None:
-        self.blocks = frozenset(blocks)
-        super().__init__(", ".join(f"{name} at rank {rank}" for name, _, rank in sorted(self.blocks, key=str)))
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """A form for every weight of a group.
-
-    Attributes
-    ----------
-    cuts
-        By weight.
-    damages
-        By weight: the squared relative error of the model's outputs that is predicted for it.
-    store
-        Makes the arrays of the weights that are not left as they are. Blocks are made of their pairs only when its
-        argument says so: the product is the same. Raises `BadlyConditionedError`.
-    cost
-        Of the whole model, where a planner chose.
-    """
-
-    cuts: Mapping[str, Cut]
-    damages: Mapping[str, float]
-    store: Callable[[bool], dict[str, Stored]]
-    cost: float = 0.0
-
-    @classmethod
-    def of(cls, choices: Sequence[Choice]) -> Choice:
-        """Several choices as one."""
-        return cls(
-            {name: cut for choice in choices for name, cut in choice.cuts.items()},
-            {name: damage for choice in choices for name, damage in choice.damages.items()},
-            lambda final: _store(choices, final),
-        )
-
-
-def _store(choices: Sequence[Choice], final: bool) -> dict[str, Stored]:
-    stored: dict[str, Stored] = {}
-    refused: set[Block] = set()
-    for choice in choices:
-        try:
-            stored |= choice.store(final)
-        except BadlyConditionedError as refusal:
-            refused |= refusal.blocks
-    if refused:
-        raise BadlyConditionedError(refused)
-    return stored
-
-
-@dataclass(frozen=True)
-class Narrowing:
-    """What is left of a weight whose hidden units were dropped.
-
-    `inputs` or `outputs` are the features kept, `width` their number, `bias` the correction that this alone makes.
-    """
-
-    width: int
-    inputs: Index | None = None
-    outputs: Index | None = None
-    bias: NDArray[np.float64] | None = None
-
-    def put(self, stored: Stored) -> Stored:
-        """`stored`, known to be narrowed, its bias added to."""
-        bias = stored.bias if self.bias is None else self.bias + (0.0 if stored.bias is None else stored.bias)
-        return replace(stored, inputs=self.inputs, outputs=self.outputs, bias=bias)
-
-
-@dataclass(frozen=True)
-class Part:
-    """A weight that takes part, ready to be cut.
-
-    Attributes
-    ----------
-    weight, layer
-        What it is, and how its objective sees it.
-    fixed
-        The rank that is demanded, if any.
-    rows, dim
-        Rows that made up its moments, and their width; None without data.
-    note
-        Goes before the reason for its form in the report.
-    narrowing
-        Set where it stands for less than the whole weight.
-    """
-
-    weight: Weight
-    layer: Layer
-    fixed: int | None = None
-    rows: int | None = None
-    dim: int = 0
-    note: str = ""
-    narrowing: Narrowing | None = None
-
-    @property
-    def name(self) -> str:
-        """That of its weight."""
-        return self.weight.name
-
-    def block(self, rank: int, *, shared: bool = False) -> Block:
-        """What tells its block of this rank from others; one that is shared goes by the first weight that has it."""
-        return f"{self.name}{' and others' if shared else ''}", self.width, rank
-
-    @property
-    def width(self) -> int | None:
-        """The hidden units left, where it was narrowed."""
-        return None if self.narrowing is None else self.narrowing.width
-
-    @cached_property
-    def decomposition(self) -> Decomposition:
-        """Made when it is needed first."""
-        return self.layer.decompose()
-
-    def pair(self, rank: int) -> Stored:
-        """Its two factors."""
-        return self.put(self.decomposition.cut(rank))
-
-    def put(self, factors: Factors) -> Stored:
-        """Factors of its layer as what is stored."""
-        stored = Stored.pair(factors)
-        return stored if self.narrowing is None else self.narrowing.put(stored)
-
-    def dense(self) -> dict[str, Stored]:
-        """What is stored where no rank is cut: nothing new for the whole weight."""
-        if self.narrowing is None:
-            return {}
-        return {self.name: self.narrowing.put(Stored(None, self.layer.matrix, None))}
-
-
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """On what terms groups make their offers.
-
-    `importance` is the squared error of the model's outputs for a unit of a weight's damage; `no_blocks` are those that
-    proved badly conditioned.
-    """
-
-    config: Config
-    costs: Costs
-    importance: Mapping[str, float]
-    no_blocks: frozenset[Block] = frozenset()
-
-    def refuses(self, block: Block) -> bool:
-        """Whether a block proved badly conditioned."""
-        name, width, _ = block
-        return block in self.no_blocks or (name, width, ANY_RANK) in self.no_blocks
-
-    def damage(self, key: str, damage: float) -> float:
-        """The damage of a weight, or of what `width_key` stands for, in squared relative error."""
-        # whatever its importance: an infinite one has no product with 0
-        return self.importance.get(key, 0.0) * damage if damage else 0.0
-
-    def price(self, part: Part, products: Products, *, moved: int = 0, corrected: bool | None = None) -> float:
-        """The cost of `part` stored as `products`."""
-        corrects = self.config.corrects_bias if corrected is None else corrected
-        return self.costs.form(part.weight, products, moved=moved, corrected=corrects)
 
 
 class Group(Protocol):
@@ -253,12 +69,6 @@ class Group(Protocol):
 
     def options(self, terms: Terms) -> list[Option[Choice]]:
         """What it offers, dense or what the user demands at least."""
-
-
-def best_side(weight: Weight, d_in: int, d_out: int) -> Side | None:
-    """The side of a block: the narrower one, where less has to be moved, if it can be had there."""
-    sides: tuple[Side, Side] = ("output", "input") if d_out <= d_in else ("input", "output")
-    return next((side for side in sides if side in weight.block_sides), None)
 
 
 class Single:
@@ -356,7 +166,7 @@ class Shared:
             if "pair" in terms.config.forms and rank * (d_in + sum(widths)) <= terms.config.margin * d_in * sum(widths):
                 cost = seconds + terms.price(self.parts[0], pair, corrected=False)
                 yield Option(self._choice(rank, "pair", damages, decomposition), cost, damage)
-            worth = "block" in terms.config.forms and _worth_a_block(rank, d_in, sum(widths), terms.config)
+            worth = "block" in terms.config.forms and worth_a_block(rank, d_in, sum(widths), terms.config)
             if blocks and worth and not terms.refuses(self.parts[0].block(rank, shared=True)):
                 cost = seconds + terms.price(self.parts[0], block, moved=d_in, corrected=False)
                 yield Option(self._choice(rank, "block", damages, decomposition), cost, damage)
@@ -528,28 +338,6 @@ def _condition(stored: Stored) -> float:
 
 def _read_one_tensor(parts: Sequence[Part]) -> bool:
     return len({(part.weight.sites[0].input, part.weight.sites[0].input_axis) for part in parts}) == 1
-
-
-def _worth_a_block(rank: int, d_in: int, d_out: int, config: Config) -> bool:
-    pair = rank * (d_in + d_out)
-    return pair - rank**2 <= config.margin * d_in * d_out and rank**2 >= BLOCK_GAIN * pair
-
-
-def ranks(config: Config, full: int) -> range:
-    """The ranks on offer below full rank: multiples of what the hardware likes, from the floor on."""
-    least = max(1, math.ceil(config.floor * full / config.rank_multiple))
-    return range(least * config.rank_multiple, full, config.rank_multiple)
-
-
-def pair_ranks(d_in: int, d_out: int, config: Config) -> list[int]:
-    """The ranks at which a pair saves enough to be offered."""
-    most = config.margin * d_in * d_out
-    return [rank for rank in ranks(config, min(d_in, d_out)) if rank * (d_in + d_out) <= most]
-
-
-def block_ranks(d_in: int, d_out: int, config: Config) -> list[int]:
-    """The ranks at which a block saves enough to be offered, of the dense weight and of the pair."""
-    return [rank for rank in ranks(config, min(d_in, d_out)) if _worth_a_block(rank, d_in, d_out, config)]
 
 
 def group(parts: Sequence[Part], inventory: Inventory, config: Config) -> list[Group]:

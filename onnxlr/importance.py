@@ -16,15 +16,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from onnxlr.groups import Chained, ranks, width_key
+from onnxlr.choice import ranks, width_key
+from onnxlr.groups import Chained
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from onnxlr.choice import Choice, Part
     from onnxlr.config import Config
     from onnxlr.factorize import Factors
     from onnxlr.forms import Stored
-    from onnxlr.groups import Choice, Group, Part
+    from onnxlr.groups import Group
     from onnxlr.trial import Observed, Trial
 
     Importance = Mapping[str, float]

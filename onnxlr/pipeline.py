@@ -24,13 +24,14 @@ from onnxlr.case import (
     require_same_model,
     resolve,
 )
+from onnxlr.choice import Part
 from onnxlr.config import BUDGETS, Config
 from onnxlr.costs import Latency, Macs, Parameters
 from onnxlr.data import ImageOptions, batches, fixed_batch, sample_count, spread
 from onnxlr.errors import ConfigError, GateError, ModelError, OutputError
 from onnxlr.factorize import Gain
 from onnxlr.files import require_writable
-from onnxlr.groups import Part, group
+from onnxlr.groups import group
 from onnxlr.latency import Timings
 from onnxlr.layer import Layer
 from onnxlr.metrics import load_metric

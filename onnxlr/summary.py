@@ -7,7 +7,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from onnxlr.groups import Cut, best_side, block_ranks, pair_ranks
+from onnxlr.choice import Cut, best_side, block_ranks, pair_ranks
 from onnxlr.report import ModelFigures, RefusalReport, Report, WeightReport
 from onnxlr.rewrite import copies, new_biases
 from onnxlr.session import import_onnxruntime
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
     from onnxlr.bench import Latency
     from onnxlr.case import Case
+    from onnxlr.choice import Part
     from onnxlr.config import Config
     from onnxlr.forms import Stored
     from onnxlr.gram import Stats
-    from onnxlr.groups import Part
     from onnxlr.model_io import Model
     from onnxlr.sites import Weight
     from onnxlr.targets import Plan

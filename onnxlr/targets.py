@@ -15,20 +15,21 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import TYPE_CHECKING
 
+from onnxlr.choice import ANY_RANK, BadlyConditionedError, Choice, Cut, Terms
 from onnxlr.config import BUDGETS
 from onnxlr.errors import GateError
-from onnxlr.groups import ANY_RANK, BadlyConditionedError, Choice, Cut, Terms
 from onnxlr.importance import factors, measure_again, measure_alone
 from onnxlr.plan import BudgetTooSmall, allocate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from onnxlr.choice import Block, Part
     from onnxlr.config import Config
     from onnxlr.costs import Costs
     from onnxlr.factorize import Factors
     from onnxlr.forms import Stored
-    from onnxlr.groups import Block, Group, Part
+    from onnxlr.groups import Group
     from onnxlr.plan import Option
     from onnxlr.trial import Observed, Trial
 

@@ -15,9 +15,10 @@ from models import parsed
 
 import onnxlr
 from onnxlr import Config, Target, pipeline
+from onnxlr.choice import Part, Terms
 from onnxlr.costs import SIZES, Latency
 from onnxlr.errors import GateError
-from onnxlr.groups import Part, Terms, group
+from onnxlr.groups import group
 from onnxlr.layer import Layer
 from onnxlr.sites import take_inventory
 from onnxlr.targets import Planner

@@ -15,24 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import parsed, random, relative, run
 
+from onnxlr.choice import ANY_RANK, BadlyConditionedError, Cut, Part, Terms, width_key
 from onnxlr.config import Config, Target
 from onnxlr.costs import Latency, Macs, Parameters
 from onnxlr.factorize import Gain
 from onnxlr.forms import MAX_CONDITION
 from onnxlr.gram import Moments
-from onnxlr.groups import (
-    ANY_RANK,
-    BadlyConditionedError,
-    Chained,
-    Cut,
-    Part,
-    Shared,
-    Single,
-    Terms,
-    group,
-    hull,
-    width_key,
-)
+from onnxlr.groups import Chained, Shared, Single, group, hull
 from onnxlr.importance import factors, measure_alone
 from onnxlr.layer import Layer
 from onnxlr.plan import Option, joined, lower_hull
@@ -45,8 +34,8 @@ from onnxlr.trial import Trial
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from onnxlr.choice import Choice
     from onnxlr.config import Form, Objective
-    from onnxlr.groups import Choice
     from onnxlr.model_io import Model
     from onnxlr.sites import Inventory
 

@@ -12,18 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import parsed, random, relative, run
 
+from onnxlr.choice import BadlyConditionedError, Part, Terms, best_side, width_key
 from onnxlr.config import Config
 from onnxlr.costs import Parameters
 from onnxlr.forms import MAX_CONDITION, Stored, Window, as_block, best_window
-from onnxlr.groups import BadlyConditionedError, Chained, Part, Terms, best_side, width_key
+from onnxlr.groups import Chained
 from onnxlr.layer import Layer
 from onnxlr.order import blocks_among_units, reordered
 from onnxlr.rewrite import rewrite
 from onnxlr.sites import parameter_count, take_inventory
 
 if TYPE_CHECKING:
+    from onnxlr.choice import Choice
     from onnxlr.forms import Side
-    from onnxlr.groups import Choice
     from onnxlr.plan import Option
     from onnxlr.sites import Inventory
 

@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
 
+from onnxlr.choice import Choice, Cut, Part, Terms, block_ranks, pair_ranks
 from onnxlr.config import Config, Target
 from onnxlr.costs import Macs, Parameters
 from onnxlr.errors import GateError
 from onnxlr.gram import Moments
-from onnxlr.groups import Choice, Cut, Part, Single, Terms, block_ranks, group, pair_ranks
+from onnxlr.groups import Single, group
 from onnxlr.importance import MOST_CORRECTED
 from onnxlr.layer import Layer
 from onnxlr.model_io import from_proto

@@ -24,9 +24,10 @@ from minilm import sentence_embeddings
 
 import onnxlr
 from onnxlr.case import gather, prepare
+from onnxlr.choice import Choice, Terms
 from onnxlr.costs import Parameters
 from onnxlr.data import batches, open_data, spread
-from onnxlr.groups import Choice, Terms, group
+from onnxlr.groups import group
 from onnxlr.importance import measure_again, measure_alone
 from onnxlr.metrics import relative_error
 from onnxlr.pipeline import IMPORTANCE_SAMPLES, parts_of
