@@ -68,9 +68,15 @@ class Bench:
         self.dense = self._outputs(self.case.model)
         self.linear = sum(weight.parameters for weight in self.case.weights)
         self.rest = self.case.inventory.parameters - self.linear
-        fisher = gather(self.case, dataclasses.replace(self.base, objective="fisher"), lambda *_: None)
-        utilized = gather(self.case, dataclasses.replace(self.base, objective="utilized"), lambda *_: None)
-        self.stats = {"weight": None, "utilized": utilized, "output": fisher, "fisher": fisher}
+        wanted = arguments.objectives.split(",")
+        self.stats: dict[str, Any] = {"weight": None}
+        if {"output", "fisher"} & set(wanted):  # the moments of one are those of the other, and gradients
+            self.stats["output"] = self.stats["fisher"] = self._gather("fisher" if "fisher" in wanted else "output")
+        if "utilized" in wanted:
+            self.stats["utilized"] = self._gather("utilized")
+
+    def _gather(self, objective: Any) -> onnxlr.Stats:
+        return gather(self.case, dataclasses.replace(self.base, objective=objective), lambda *_: None)
 
     def _outputs(self, model: onnxlr.Model) -> list[dict[str, np.ndarray]]:
         session = Session(model, threads=self.base.threads)
