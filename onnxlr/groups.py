@@ -42,7 +42,7 @@ from onnxlr.forms import (
 )
 from onnxlr.layer import stacked
 from onnxlr.order import blocks_among_units
-from onnxlr.plan import Option, joined, lower_hull
+from onnxlr.plan import Option, joined
 from onnxlr.width import Elimination
 
 if TYPE_CHECKING:
@@ -356,8 +356,3 @@ def group(parts: Sequence[Part], inventory: Inventory, config: Config) -> list[G
             groups.append(Shared(members) if len(members) > 1 else Single(members[0]))
     rest = [*free.values(), *(part for part in parts if part.fixed is not None)]
     return [*groups, *map(Single, rest)]
-
-
-def hull(group: Group, terms: Terms) -> list[Option[Choice]]:
-    """What is best of a group's options."""
-    return lower_hull(group.options(terms))

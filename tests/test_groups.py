@@ -21,7 +21,7 @@ from onnxlr.costs import Latency, Macs, Parameters
 from onnxlr.factorize import Gain
 from onnxlr.forms import MAX_CONDITION
 from onnxlr.gram import Moments
-from onnxlr.groups import Chained, Shared, Single, group, hull
+from onnxlr.groups import Chained, Shared, Single, group
 from onnxlr.importance import factors, measure_alone
 from onnxlr.layer import Layer
 from onnxlr.plan import Option, joined, lower_hull
@@ -625,7 +625,7 @@ def test_allocation_over_groups_is_nearly_the_best_of_all(name: str, share: floa
         for chosen in itertools.product(*offered)
         if rest + sum(o.cost for o in chosen) <= budget
     )
-    steps = [a.damage - b.damage for one in groups for a, b in itertools.pairwise(hull(one, terms))]
+    steps = [a.damage - b.damage for one in groups for a, b in itertools.pairwise(lower_hull(one.options(terms)))]
     found = sum(choice.damages.values())
     assert best * (1 - 1e-9) <= found <= best + max(steps)
     stored = rewrite(inventory, choice.store(True))
