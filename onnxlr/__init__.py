@@ -7,14 +7,14 @@ print(report.after.parameters / report.before.parameters, report.validation.erro
 """
 
 from onnxlr.analyze import Analysis, analyze
-from onnxlr.api import calibrate, inspect, validate
-from onnxlr.config import Config, Target
+from onnxlr.api import calibrate, finetune, inspect, validate
+from onnxlr.config import Config, Target, Tuning
 from onnxlr.data import ImageOptions
 from onnxlr.errors import OnnxlrError
 from onnxlr.gram import Stats
 from onnxlr.model_io import Model, load, save
 from onnxlr.pipeline import compress
-from onnxlr.report import Report
+from onnxlr.report import Recovery, Report
 from onnxlr.validate import Validation
 
 __all__ = [
@@ -23,13 +23,16 @@ __all__ = [
     "ImageOptions",
     "Model",
     "OnnxlrError",
+    "Recovery",
     "Report",
     "Stats",
     "Target",
+    "Tuning",
     "Validation",
     "analyze",
     "calibrate",
     "compress",
+    "finetune",
     "inspect",
     "load",
     "save",

@@ -6,14 +6,28 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onnxlr.case import as_model, gather, load_truth, prepare, quiet, require_loss_of_use
-from onnxlr.config import Config
+from onnxlr.case import (
+    as_model,
+    gather,
+    load_truth,
+    passes_check,
+    prepare,
+    quiet,
+    require_held_out,
+    require_loss_of_use,
+    require_tuning,
+    tune,
+)
+from onnxlr.config import Config, Tuning
 from onnxlr.data import ImageOptions, load_labels, open_data
 from onnxlr.errors import ConfigError, ModelError
+from onnxlr.files import require_writable
+from onnxlr.model_io import save
 from onnxlr.report.schema import plain
 from onnxlr.session import Session
 from onnxlr.shapes import measure_shapes, synthetic_sample
@@ -22,12 +36,12 @@ from onnxlr.validate import validate as compare_models
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
     from onnxlr.case import ModelLike, Progress
     from onnxlr.gram import Stats
+    from onnxlr.report import Recovery
     from onnxlr.sites import Inventory
     from onnxlr.validate import Validation
 
@@ -100,6 +114,77 @@ def calibrate(
         raise ConfigError("--labels without --loss: give the loss whose gradients they are for, or leave them out")
     case = prepare(model, calib, config, images or ImageOptions())
     return gather(case, config, progress, None if labels is None else load_truth(case, labels))
+
+
+def finetune(
+    small: ModelLike,
+    dense: ModelLike,
+    calib: object,
+    tuning: Tuning | None = None,
+    config: Config | None = None,
+    *,
+    output: str | Path | None = None,
+    labels: str | Path | NDArray[Any] | None = None,
+    checkpoint: str | Path | None = None,
+    images: ImageOptions | None = None,
+    force: bool = False,
+    progress: Progress = quiet,
+) -> Recovery | None:
+    """Train a compressed model to do what the dense one does; it is never worse on held-out data afterwards.
+
+    Under `torchrun` several processes train together, and the first writes the result.
+
+    Parameters
+    ----------
+    small, dense
+        Paths, `Model`s or ModelProtos.
+    calib
+        Whatever `onnxlr.data.open_data` takes. The same part is held out as in `compress`.
+    tuning
+        How to train; the defaults, when None.
+    config
+        Of it `batch`, `holdout_every`, `mask`, `metric`, `provider` and `threads` are used.
+    output
+        Where the model is saved; nothing is written when None.
+    labels
+        One a sample of `calib`, a file or an array, for the metric and for `tuning.loss`.
+    checkpoint
+        A file that holds the state while training runs; where it exists, training goes on from it.
+    images
+        How images become inputs, where `calib` is a folder of images.
+    force
+        Replace an existing `output`.
+    progress
+        Called with ("finetune", steps done, steps in all, loss and held-out error in words).
+
+    Returns
+    -------
+    Recovery
+        What was gained; None in all processes but the first.
+
+    Raises
+    ------
+    OnnxlrError
+        Whatever is wrong with the models, the data or the installation.
+    """
+    tuning, config = tuning or Tuning(), config or Config()
+    require_tuning(tuning, labels)
+    path = None if output is None else Path(output)
+    if path is not None:
+        require_writable(path, force=force)
+    student, case = as_model(small), prepare(dense, calib, config, images or ImageOptions())
+    require_held_out(case)
+    truth = None if labels is None else load_truth(case, labels)
+    tuned, recovery = tune(
+        student, case, config, tuning, truth, progress, None if checkpoint is None else Path(checkpoint)
+    )
+    from onnxlr.tuning import leads
+
+    if not leads():
+        return None
+    if path is not None:
+        save(tuned, path, force=force, check=passes_check(student))
+    return recovery
 
 
 def validate(

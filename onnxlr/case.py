@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import onnx
@@ -12,28 +12,33 @@ import onnx
 from onnxlr.calibrate import INSTEAD, accumulate, has_gradients
 from onnxlr.data import ImageOptions, batches, fixed_batch, load_labels, open_data, split
 from onnxlr.errors import ConfigError, DataError, InstallError, ModelError, StatsError
-from onnxlr.model_io import Model, from_proto, load
+from onnxlr.model_io import Model, check, from_proto, load
 from onnxlr.session import Session
 from onnxlr.shapes import measure_shapes
 from onnxlr.sites import take_inventory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
 
-    from onnxlr.config import Config
+    from onnxlr.config import Config, Tuning
     from onnxlr.data import Dataset, TensorSpec
     from onnxlr.gram import Moments, Stats
+    from onnxlr.report import Recovery
     from onnxlr.sites import Inventory, Weight
 
     ModelLike = str | Path | Model | onnx.ModelProto
-    Progress = Callable[[str, int, int | None], None]
-    """(stage, steps done since the last call, steps in all or None where unknown)."""
 
 
-def quiet(stage: str, done: int, total: int | None) -> None:
+class Progress(Protocol):
+    """Told of the stage, the steps done since the last call, all steps where known, and how it stands in words."""
+
+    def __call__(self, stage: str, done: int, total: int | None, note: str = "", /) -> None: ...
+
+
+def quiet(stage: str, done: int, total: int | None, note: str = "") -> None:
     """Report no progress."""
 
 
@@ -100,6 +105,17 @@ def _taking_part(inventory: Inventory, config: Config) -> tuple[list[Weight], di
     return taking_part, held_back
 
 
+def passes_check(model: Model) -> bool:
+    """Whether onnx's checker has nothing against a model's file, or there is none."""
+    if model.path is None:
+        return True
+    try:
+        check(model.path)
+    except ModelError:
+        return False
+    return True
+
+
 def require_loss_of_use(config: Config, labels: object) -> None:
     """Refuse a loss without labels, or where no gradients are asked for.
 
@@ -163,6 +179,40 @@ def _gradients(case: Case, config: Config, progress: Progress, labels: NDArray[A
         labels=None if labels is None else labels[[index for index, _ in case.calibration.read()]],
         progress=lambda done: progress("gradients", done, None),
     )
+
+
+def require_tuning(tuning: Tuning, labels: object) -> None:
+    """Refuse fine-tuning that cannot be done, before the work begins.
+
+    Raises
+    ------
+    ConfigError
+        A loss without labels.
+    InstallError
+        torch is not installed.
+    """
+    if tuning.loss is not None and labels is None:
+        raise ConfigError(f"--loss {tuning.loss} needs --labels: one label for every sample of --calib")
+    import onnxlr.tuning  # noqa: F401
+
+
+def tune(
+    student: Model,
+    case: Case,
+    config: Config,
+    tuning: Tuning,
+    labels: NDArray[Any] | None,
+    progress: Progress,
+    checkpoint: Path | None = None,
+) -> tuple[Model, Recovery]:
+    """Fine-tune `student` with the model of `case` as its teacher; see `onnxlr.tuning.recover`."""
+    from onnxlr.tuning import recover  # torch is not there for every user
+
+    return recover(
+        student, case.model, case.calibration, case.held_out, case.inputs, config, tuning,
+        labels=labels, checkpoint=checkpoint,
+        progress=lambda done, total, note: progress("finetune", done, total, note),
+    )  # fmt: skip
 
 
 def require_same_model(stats: Stats, model: Model) -> Stats:

@@ -14,11 +14,13 @@ if TYPE_CHECKING:
 Objective = Literal["auto", "weight", "utilized", "output", "fisher"]
 Form = Literal["pair", "block", "shared", "width"]
 Allocation = Literal["global", "uniform"]
+Trained = Literal["factors", "all"]
 TargetKind = Literal["energy", "keep_params", "keep_macs", "max_latency", "max_error", "min_metric_kept"]
 
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 FORMS: tuple[Form, ...] = get_args(Form)
 ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
+TRAINED: tuple[Trained, ...] = get_args(Trained)
 TARGETS: tuple[TargetKind, ...] = get_args(TargetKind)
 BUDGETS: frozenset[TargetKind] = frozenset({"keep_params", "keep_macs", "max_latency"})
 """Targets that are a share of what the dense model costs, and allocated; others hold for each weight or are sought."""
@@ -148,3 +150,45 @@ class Config:
         for pattern, rank in self.ranks.items():
             if rank < 1:
                 raise ConfigError(f"the rank for {pattern!r} must be at least 1, not {rank}")
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """How a compressed model is trained to do what the dense one does.
+
+    Attributes
+    ----------
+    train
+        "factors": the weights that compression made. "all": every weight that operators learn.
+    epochs
+        Passes over the calibration samples; when None as many as make 2,000 steps, and at least 3.
+    batch
+        Samples in a step, over all processes.
+    learning_rate
+        Of AdamW at its height; a step is relative to the root mean square of the weight that it moves.
+    augment
+        Shift, mirror and blend images.
+    loss
+        "cross-entropy" or "module:function", as `Config.loss`: added to the distance from the dense model, where labels
+        are given. When None it is cross-entropy for the metric top1, and for another metric labels are not trained on.
+    seed
+        Of the order of samples and whatever else is drawn.
+    """
+
+    train: Trained = "factors"
+    epochs: int | None = None
+    batch: int = 32
+    learning_rate: float = 3e-3
+    augment: bool = True
+    loss: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.train not in TRAINED:
+            raise ConfigError(f"unknown weights to train {self.train!r}: choose one of {', '.join(TRAINED)}")
+        if self.epochs is not None and self.epochs < 1:
+            raise ConfigError(f"epochs must be at least 1, not {self.epochs}")
+        if self.batch < 1:
+            raise ConfigError(f"batch must be at least 1, not {self.batch}")
+        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+            raise ConfigError(f"learning_rate must be above 0 and finite, not {self.learning_rate}")

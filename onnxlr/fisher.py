@@ -23,12 +23,13 @@ import torch
 
 from onnxlr.calibrate import INSTEAD, gradient_key, mask_of
 from onnxlr.data import batches, sample_count
-from onnxlr.errors import DataError, ModelError
+from onnxlr.errors import ModelError
 from onnxlr.gram import Moments
-from onnxlr.metrics import load_function, one_line, token_rows
+from onnxlr.metrics import token_rows
+from onnxlr.task_loss import TaskLoss, scores_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from numpy.typing import NDArray
 
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
     from onnxlr.data import Sample, TensorSpec
     from onnxlr.model_io import Model
     from onnxlr.sites import Inventory
-
-SATURATING = frozenset({"Softmax", "LogSoftmax", "Sigmoid"})
 
 
 def gradient_moments(
@@ -74,10 +73,10 @@ def gradient_moments(
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
     graph = to_torch(model).to(device)
     sites = {site.output: site.output_axis for weight in inventory.weights for site in weight.sites}
-    probed = _probed_outputs(model, graph.outputs)
+    probed = scores_of(model, graph.outputs)
     generator = torch.Generator().manual_seed(0)
     sums: dict[str, Moments] = {}
-    loss = None if config.loss is None else load_function("loss", config.loss, {"cross-entropy": cross_entropy})
+    loss = None if config.loss is None else TaskLoss(config.loss)
     first = 0
     for feed in batches(samples, config.batch, inputs):
         if first == 0:
@@ -95,7 +94,7 @@ def gradient_moments(
         else:
             assert labels is not None
             own = torch.from_numpy(np.asarray(labels[first : first + sample_count(feed, inputs)])).to(device)
-            total = _sum(loss, config, {name: tensors[tensor] for name, tensor in probed.items()}, own)
+            total = loss({name: tensors[tensor] for name, tensor in probed.items()}, own)
         reached = [name for name in sites if total.requires_grad and tensors[name].requires_grad]
         made = [tensors[name] for name in reached]
         gradients = torch.autograd.grad(total, made, allow_unused=True) if made else ()
@@ -126,30 +125,6 @@ def _moments(gradient: Any, axis: int, mask: NDArray[Any] | None) -> Moments:
     return Moments(len(rows), total, gram)
 
 
-def cross_entropy(outputs: Mapping[str, Any], labels: Any) -> Any:
-    """The sum over samples of the cross-entropy of the first output's scores [..., classes] and class indices [...]."""
-    scores = next(iter(outputs.values()))
-    return torch.nn.functional.cross_entropy(scores.reshape(-1, scores.shape[-1]), labels.reshape(-1), reduction="sum")
-
-
-def _sum(loss: Callable[..., Any], config: Config, outputs: Mapping[str, Any], labels: Any) -> Any:
-    """The loss of a batch, if it is one.
-
-    Raises
-    ------
-    DataError
-        It fails, or gives anything but one number.
-    """
-    try:
-        total = loss(outputs, labels)
-    except Exception as error:  # whatever the user's function raises
-        raise DataError(f"loss {config.loss!r} fails on a batch: {one_line(error)}") from error
-    if not isinstance(total, torch.Tensor) or total.numel() != 1:
-        given = f"a tensor {list(total.shape)}" if isinstance(total, torch.Tensor) else f"a {type(total).__name__}"
-        raise DataError(f"loss {config.loss!r} gives {given}: expected a tensor of one number, the sum over the batch")
-    return total.sum()
-
-
 def _probe(output: Any, mask: NDArray[Any] | None, generator: Any) -> Any:
     """`<u, o> / rms(o)` for a random probe `u`, over the rows of real tokens."""
     probe = torch.randn(output.shape, generator=generator).to(output)
@@ -158,12 +133,3 @@ def _probe(output: Any, mask: NDArray[Any] | None, generator: Any) -> Any:
         probe = probe * torch.from_numpy(real.copy()).to(output).reshape(*output.shape[:-1], 1)
     scale = output.detach().float().square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
     return (output * probe).sum() / scale
-
-
-def _probed_outputs(model: Model, outputs: Sequence[str]) -> dict[str, str]:
-    """By output: the tensor that stands for it."""
-    makers = {name: node for node in model.proto.graph.node for name in node.output}
-    return {
-        name: makers[name].input[0] if name in makers and makers[name].op_type in SATURATING else name
-        for name in outputs
-    }

@@ -16,13 +16,16 @@ from onnxlr.calibrate import weight_gradients, weight_moments
 from onnxlr.case import (
     gather,
     load_truth,
+    passes_check,
     prepare,
     quiet,
     require_held_out,
     require_loss_of_use,
     require_same_division,
     require_same_model,
+    require_tuning,
     resolve,
+    tune,
 )
 from onnxlr.choice import Part
 from onnxlr.config import BUDGETS, Config
@@ -35,7 +38,7 @@ from onnxlr.groups import group
 from onnxlr.latency import Timings
 from onnxlr.layer import Layer
 from onnxlr.metrics import load_metric
-from onnxlr.model_io import check, load, save
+from onnxlr.model_io import load, save
 from onnxlr.rewrite import rewrite
 from onnxlr.session import fused_operators
 from onnxlr.summary import summarize
@@ -50,6 +53,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from onnxlr.case import Case, ModelLike, Progress
+    from onnxlr.config import Tuning
     from onnxlr.costs import Costs
     from onnxlr.data import Feed
     from onnxlr.gram import Stats
@@ -75,6 +79,7 @@ def compress(
     output: str | Path | None = None,
     labels: str | Path | NDArray[np.int64] | None = None,
     stats: Stats | None = None,
+    tuning: Tuning | None = None,
     images: ImageOptions | None = None,
     force: bool = False,
     progress: Progress = quiet,
@@ -95,6 +100,8 @@ def compress(
         One a sample of `calib`, a file or an array, for the task metric and for a loss.
     stats
         Moments to reuse in place of calibration.
+    tuning
+        Fine-tune the compressed model so (`onnxlr.finetune`); not at all when None.
     images
         How images become inputs, where `calib` is a folder of images.
     force
@@ -113,6 +120,8 @@ def compress(
     if config.metric != "top1" and labels is None:
         raise ConfigError(f"--metric {config.metric} needs --labels: one label for every sample of --calib")
     require_loss_of_use(config, labels)
+    if tuning is not None:
+        require_tuning(tuning, labels)
     load_metric(config.metric)
     if stats is not None and config.objective == "weight":
         raise ConfigError("the objective weight uses no moments: leave --stats out, or choose another --objective")
@@ -137,6 +146,12 @@ def compress(
     with clock.stage("prepare"):
         parts = parts_of(case, stats, config)
     plan, compressed, validation = _meet_target(case, parts, config, truth, clock, progress)
+    recovery = None
+    if tuning is not None and plan.stored:
+        with clock.stage("finetune"):
+            compressed, recovery = tune(compressed, case, config, tuning, truth, progress)
+        with clock.stage("validate"):
+            validation = _validate(case, compressed, config, truth, progress)
     with clock.stage("benchmark"):
         feed = _bench_feed(case, config)
         dense, low_rank = compare_latency(
@@ -147,10 +162,10 @@ def compress(
     if path is not None:
         with clock.stage("save"):
             # a model that the checker refuses to begin with is not made worse by its compression
-            save(compressed, path, force=force, check=_passes_check(case.model))
+            save(compressed, path, force=force, check=passes_check(case.model))
             file_bytes = load(path).nbytes
     return summarize(
-        case, parts, plan, config, why, stats, validation, compressed,
+        case, parts, plan, config, why, stats, validation, compressed, recovery,
         output=path, file_bytes=file_bytes, latencies=(dense, low_rank), fused=fused,
         seconds=clock.seconds,
     )  # fmt: skip
@@ -220,19 +235,7 @@ def _meet_target(
         with clock.stage("rewrite"):
             compressed = rewrite(case.inventory, plan.stored)
         with clock.stage("validate"):
-            validation = validate(
-                case.model,
-                compressed,
-                case.held_out,
-                batch=config.batch,
-                mask=config.mask,
-                labels=labels,
-                metric=config.metric,
-                provider=config.provider,
-                threads=config.threads,
-                max_error=target.value if target.kind == "max_error" else None,
-                progress=lambda done: progress("validate", done, None),
-            )
+            validation = _validate(case, compressed, config, labels, progress)
         if target.kind == "max_error" and validation.error > target.value:
             reached = f"a relative error of {validation.error:.4g}"
             limit *= 0.99 * target.value / validation.error
@@ -251,6 +254,24 @@ def _meet_target(
     raise GateError(
         f"--{target} holds on {SEARCH_SAMPLES} held-out samples but not on all {validation.samples}, where "
         f"{reached} was reached: ask for a little more and try again"
+    )
+
+
+def _validate(
+    case: Case, compressed: Model, config: Config, labels: NDArray[np.int64] | None, progress: Progress
+) -> Validation:
+    return validate(
+        case.model,
+        compressed,
+        case.held_out,
+        batch=config.batch,
+        mask=config.mask,
+        labels=labels,
+        metric=config.metric,
+        provider=config.provider,
+        threads=config.threads,
+        max_error=config.target.value if config.target.kind == "max_error" else None,
+        progress=lambda done: progress("validate", done, None),
     )
 
 
@@ -305,16 +326,6 @@ def _fused(model: Model, config: Config) -> dict[str, int] | None:
         return fused_operators(model, provider=config.provider, threads=config.threads)
     except (ModelError, OutputError):
         return None
-
-
-def _passes_check(model: Model) -> bool:
-    if model.path is None:
-        return True
-    try:
-        check(model.path)
-    except ModelError:
-        return False
-    return True
 
 
 @dataclass(slots=True)

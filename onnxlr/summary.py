@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from onnxlr.forms import Stored
     from onnxlr.gram import Stats
     from onnxlr.model_io import Model
+    from onnxlr.report import Recovery
     from onnxlr.sites import Weight
     from onnxlr.targets import Plan
     from onnxlr.validate import Validation
@@ -38,6 +39,7 @@ def summarize(
     stats: Stats | None,
     validation: Validation,
     compressed: Model,
+    recovery: Recovery | None,
     *,
     output: Path | None,
     file_bytes: int,
@@ -72,6 +74,7 @@ def summarize(
         predicted_error=None if plan.predicted is None else sum(plan.predicted.values()) ** 0.5,
         validation=validation,
         latency_ratio=low_rank.ratio,
+        recovery=recovery,
         weights=weights,
         refusals=tuple(RefusalReport(r.name, r.op, r.reason, r.parameters, r.macs) for r in case.inventory.refusals),
         warnings=tuple(_warnings(case, parts, weights, counted=None not in fused)),

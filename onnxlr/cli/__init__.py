@@ -14,9 +14,12 @@ from typing import Any
 import click
 
 from onnxlr.cli.commands import cli
+from onnxlr.cli.finetune import finetune
 from onnxlr.errors import OnnxlrError
 
 __all__ = ["cli", "main"]
+
+cli.add_command(finetune)
 
 
 def main() -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxlr.cli.options import DATA, FILE, POSITIVE, SHARE, common, parse_ranks, running, selecting
+from onnxlr.cli.options import DATA, FILE, POSITIVE, SHARE, common, parse_ranks, running, selecting, training
 from onnxlr.cli.output import describe_verdict, progress_bars, show, show_json, show_stats
 from onnxlr.config import ALLOCATIONS, FORMS, OBJECTIVES, TARGETS, Config, Target
 from onnxlr.report import terminal
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from onnxlr.config import Tuning
     from onnxlr.data import ImageOptions
 
 
@@ -237,14 +238,16 @@ def merge(stats: Sequence[Path], output: Path, force: bool, as_json: bool, quiet
 @click.option("--rounds", default=1, type=click.IntRange(min=0),
               help="How often importances are measured again at the plan that was found.")  # fmt: skip
 @click.option("--stats", type=FILE, help="Moments to use in place of calibration, from `calibrate` or `merge`.")
+@click.option("--finetune", is_flag=True, help="Train the compressed model to do what MODEL does; needs torch.")
 @click.option("--report", type=FILE, help="Write the whole report here, as JSON.")
 @click.option("--force", is_flag=True, help="Replace existing files.")
+@training
 @selecting
 @running
 @common
 def compress(
     model: Path, calib: str, output: Path, objective: Any, forms: str, labels: Path | None, ranks: Sequence[str],
-    stats: Path | None, report: Path | None, force: bool, images: ImageOptions,
+    stats: Path | None, finetune: bool, tuning: Tuning, report: Path | None, force: bool, images: ImageOptions,
     as_json: bool, quiet: bool, verbose: bool, **settings: Any,
 ) -> None:  # fmt: skip
     """Compress MODEL, check it, and report.
@@ -271,7 +274,8 @@ def compress(
     moments = None if stats is None else Stats.load(stats)
     with progress_bars(quiet) as progress:
         done = api(
-            model, calib, config, output=output, labels=labels, stats=moments, images=images, force=force,
+            model, calib, config, output=output, labels=labels, stats=moments,
+            tuning=replace(tuning, loss=config.loss) if finetune else None, images=images, force=force,
             progress=progress,
         )  # fmt: skip
     if report is not None:

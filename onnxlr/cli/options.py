@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from onnxlr.config import TRAINED, Tuning
 from onnxlr.data import ImageOptions
 
 if TYPE_CHECKING:
@@ -69,6 +70,28 @@ def selecting(command: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         return command(*args, **kwargs)
+
+    return wrapped
+
+
+def training(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of commands that train a compressed model."""
+
+    @click.option("--train", default="factors", type=click.Choice(TRAINED),
+                  help="Train the weights that compression made, or all that operators learn.")  # fmt: skip
+    @click.option("--epochs", type=POSITIVE, help="Passes over the data.  [default: as many as make 2,000 steps]")
+    @click.option("--tune-batch", default=32, type=POSITIVE, help="Samples in a step of training.")
+    @click.option("--learning-rate", default=3e-3, type=click.FloatRange(min=0, min_open=True),
+                  help="Of AdamW at its height, relative to a weight's root mean square.")  # fmt: skip
+    @click.option("--augment/--no-augment", default=True, help="Shift, mirror and blend images.")
+    @click.option("--seed", default=0, type=int, help="Of the order of samples and all that is drawn.")
+    @wraps(command)
+    def wrapped(
+        *args: Any, train: Any, epochs: int | None, tune_batch: int, learning_rate: float, augment: bool, seed: int,
+        **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        tuning = Tuning(train, epochs, tune_batch, learning_rate, augment, seed=seed)
+        return command(*args, tuning=tuning, **kwargs)
 
     return wrapped
 

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from onnxlr.report import plain, terminal
 
@@ -75,16 +83,17 @@ def progress_bars(quiet: bool) -> Iterator[ReportProgress]:
     console = Console(stderr=True)
     bars = Progress(
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
         console=console, transient=True, disable=quiet or not console.is_terminal,
     )  # fmt: skip
     tasks: dict[str, Any] = {}
     with bars:
 
-        def report(stage: str, done: int, total: int | None) -> None:
+        def report(stage: str, done: int, total: int | None, note: str = "") -> None:
             if stage not in tasks:
                 for task in bars.tasks:
                     bars.update(task.id, total=task.completed)
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.advance(tasks[stage], done)
+                tasks[stage] = bars.add_task(stage, total=total, note=note)
+            bars.update(tasks[stage], advance=done, note=note)
 
         yield report

@@ -12,6 +12,7 @@ from onnxlr.files import replacing
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from onnxlr.report.recovery import Recovery
     from onnxlr.validate import Validation
 
 FORMAT = "onnxlr-report/1"
@@ -111,6 +112,8 @@ class Report:
         Parity on the held-out samples; None without data.
     latency_ratio
         Median over pairs of runs in turn, compressed over dense; below 1 is faster.
+    recovery
+        What fine-tuning did; None without it.
     weights, refusals
         What became of every linear operator.
     warnings
@@ -135,6 +138,7 @@ class Report:
     predicted_error: float | None
     validation: Validation | None
     latency_ratio: float | None
+    recovery: Recovery | None
     weights: tuple[WeightReport, ...]
     refusals: tuple[RefusalReport, ...]
     warnings: tuple[str, ...]

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from onnxlr.metrics import OutputParity
+    from onnxlr.report.recovery import Recovery
     from onnxlr.report.schema import Report, WeightReport
     from onnxlr.validate import Validation
 
@@ -39,6 +40,8 @@ def render_report(report: Report, *, verbose: bool) -> Iterable[RenderableType]:
     )
     if report.objective_reason:
         yield objective(report.config["objective"], report.objective_reason)
+    if report.recovery is not None:
+        yield from render_recovery(report.recovery, verbose=verbose)
     if fewer := _fewer_fused(report):
         yield f"onnxruntime fuses fewer operators: {fewer}"
     for warning in report.warnings if verbose else report.warnings[:3]:
@@ -52,6 +55,25 @@ def render_report(report: Report, *, verbose: bool) -> Iterable[RenderableType]:
     )  # fmt: skip
     if report.output is not None:
         yield f"written to {report.output}"
+
+
+def render_recovery(recovery: Recovery, *, verbose: bool) -> Iterable[RenderableType]:
+    """What fine-tuning gained; with `verbose`, also how the held-out error went."""
+    r = recovery
+    if verbose:
+        rows = [(str(step), number(loss), number(error)) for step, loss, error in r.history]
+        yield render_rows("Fine-tuning", ["step", "loss", "held-out error"], rows)
+    metric = ""
+    if r.metric_before is not None:
+        metric = f", metric {number(r.metric_before, '.4f')} -> {number(r.metric_after, '.4f')}"
+        metric += f" (dense {number(r.metric_dense, '.4f')})"
+    shared = f" in {r.processes} processes" if r.processes > 1 else ""
+    yield (
+        f"fine-tuning of {count(r.trained)} numbers on {r.samples} samples, {r.seconds:.0f} s{shared}: held-out error "
+        f"{r.error_before:.4g} -> {r.error_after:.4g}{metric}; {r.ended}"
+    )
+    if not r.kept:
+        yield f"that is no better on the {r.held_out} held-out samples: the model stays as it was"
 
 
 def objective(name: str, reason: str) -> str:
