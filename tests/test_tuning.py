@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -415,6 +416,14 @@ def test_the_command_says_what_it_did(files: list[Any]) -> None:
     assert "held-out error" in done.out
     assert "written to" in done.out
     assert done.out.count("\n") > 20, "a line for each look at the held-out samples"
+
+
+def test_a_log_gets_lines_in_place_of_bars(files: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onnxlr.cli.output.LINE_EVERY", 0.0)
+    done = invoke("finetune", *files, "--epochs", 1)
+    assert re.search(r"^onnxlr: finetune 17/17: loss [0-9.e-]+, held-out error 0\.\d+$", done.err, re.MULTILINE)
+    assert re.search(r"^onnxlr: finetune 9/17: .* \d+ s left$", done.err, re.MULTILINE)
+    assert not invoke("finetune", *files, "--epochs", 1, "--force", "-q").err
 
 
 def test_compress_tunes_what_it_made(compress: Any, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     from onnxlr.case import Progress as ReportProgress
     from onnxlr.gram import Stats
     from onnxlr.polygraphy_files import Verdict
+
+
+LINE_EVERY = 30.0
+"""Seconds between lines of progress in a log."""
 
 
 def show(renderables: Iterable[Any]) -> None:
@@ -79,8 +84,13 @@ def describe_verdict(verdict: Verdict) -> str:
 
 @contextmanager
 def progress_bars(quiet: bool) -> Iterator[ReportProgress]:
-    """Bars on stderr, one a stage; none where stderr is no terminal or `quiet` is set."""
+    """Bars on stderr, one a stage; none where `quiet` is set.
+
+    Where stderr is no terminal there are lines in place of bars, and those only for a stage that says how it stands.
+    """
     console = Console(stderr=True)
+    lines = not (quiet or console.is_terminal)
+    spoken = time.monotonic()
     bars = Progress(
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
@@ -95,5 +105,11 @@ def progress_bars(quiet: bool) -> Iterator[ReportProgress]:
                     bars.update(task.id, total=task.completed)
                 tasks[stage] = bars.add_task(stage, total=total, note=note)
             bars.update(tasks[stage], advance=done, note=note)
+            nonlocal spoken
+            if lines and note and time.monotonic() - spoken >= LINE_EVERY:
+                spoken = time.monotonic()
+                task = next(task for task in bars.tasks if task.id == tasks[stage])
+                left = f", {task.time_remaining:.0f} s left" if task.time_remaining else ""
+                click.echo(f"onnxlr: {stage} {task.completed:.0f}/{total}: {note}{left}", err=True)
 
         yield report
