@@ -12,10 +12,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
-
 from onnxlr.calibrate import mask_of
-from onnxlr.data import batches
+from onnxlr.data import numbered_batches
 from onnxlr.errors import ConfigError, DataError, ModelError
 from onnxlr.metrics import MeanMetric, OutputComparison, is_floating, load_metric, relative_error, token_rows
 from onnxlr.session import Session
@@ -23,14 +21,11 @@ from onnxlr.session import Session
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
-    from onnxlr.data import Dataset, Feed, Sample, TensorSpec
+    from onnxlr.data import Dataset, Feed, TensorSpec
     from onnxlr.metrics import Array, OutputParity
     from onnxlr.model_io import Model
 
     Outputs: TypeAlias = Mapping[str, Array]
-
-# a sample's number travels with it through the batches, under a name that no tensor of ONNX can have
-_INDEX = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +129,7 @@ def validate(
 
     def run() -> Iterator[tuple[Feed, Outputs, Outputs]]:
         nonlocal samples
-        for feed in batches(_numbered(data), batch, session_a.inputs):
-            indices = feed.pop(_INDEX)
+        for indices, feed in numbered_batches(data, batch, session_a.inputs):
             outputs = session_a.run(feed), session_b.run(feed)
             if labels is not None:
                 for mean, values in zip(means, outputs, strict=True):
@@ -231,8 +225,3 @@ def _check_labels(data: Dataset, labels: int) -> None:
     if (len(indices) != labels) if whole else (max(indices) >= labels):
         counted = f"{len(indices)} samples" if whole else f"samples numbered up to {max(indices)}"
         raise DataError(f"{data.name}: {labels} labels for {counted}; give one a sample, in the order of the data")
-
-
-def _numbered(data: Dataset) -> Iterator[Sample]:
-    for index, sample in data.indexed():
-        yield {**sample, _INDEX: np.array([index])}

@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 @click.option("--calib", required=True, help=f"The data that SMALL was calibrated on, or more of them: {DATA}")
 @click.option("-o", "--output", required=True, type=FILE, help="Where to write the tuned model.")
 @click.option("--labels", type=FILE, help="Labels, one a sample of --calib: .npy, .npz, .txt or .csv.")
-@click.option(
-    "--loss", help="What labels are for: cross-entropy (the default with --metric top1), or module:function."
-)
+@click.option("--loss", help="What labels are for: cross-entropy (the default with --metric top1), or module:function.")
 @click.option("--metric", default="top1", help="Task metric: top1, or module:function.")
 @click.option("--checkpoint", type=FILE, help="Keep the state here while it runs; run again to go on from it.")
 @click.option("--holdout-every", default=8, type=click.IntRange(min=2),

@@ -83,14 +83,14 @@ def training(command: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--tune-batch", default=32, type=POSITIVE, help="Samples in a step of training.")
     @click.option("--learning-rate", default=3e-3, type=click.FloatRange(min=0, min_open=True),
                   help="Of AdamW at its height, relative to a weight's root mean square.")  # fmt: skip
-    @click.option("--augment/--no-augment", default=True, help="Shift, mirror and blend images.")
+    @click.option("--no-augment", is_flag=True, help="Train on the images as they are, not shifted, mirrored, blended.")
     @click.option("--seed", default=0, type=int, help="Of the order of samples and all that is drawn.")
     @wraps(command)
     def wrapped(
-        *args: Any, train: Any, epochs: int | None, tune_batch: int, learning_rate: float, augment: bool, seed: int,
+        *args: Any, train: Any, epochs: int | None, tune_batch: int, learning_rate: float, no_augment: bool, seed: int,
         **kwargs: Any,
     ) -> Any:  # fmt: skip
-        tuning = Tuning(train, epochs, tune_batch, learning_rate, augment, seed=seed)
+        tuning = Tuning(train, epochs, tune_batch, learning_rate, not no_augment, seed=seed)
         return command(*args, tuning=tuning, **kwargs)
 
     return wrapped

@@ -9,12 +9,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from onnxlr.data.spec import Feed, Sample, TensorSpec, fixed_batch, has_batch_axis
 from onnxlr.errors import ConfigError
+
+# a sample's number travels with it through the batches, under a name that no tensor of ONNX can have
+_NUMBER = ""
 
 Deferred: TypeAlias = Callable[[], Sample]
 
@@ -112,6 +115,19 @@ def batches(samples: Iterable[Sample], size: int, inputs: Sequence[TensorSpec]) 
         return (dict(sample) for sample in samples)
     fixed = fixed_batch(inputs)
     return _merge(samples, size) if fixed is None else _merge_fixed(samples, fixed)
+
+
+def numbered_batches(
+    dataset: Dataset, size: int, inputs: Sequence[TensorSpec]
+) -> Iterator[tuple[np.ndarray[Any, np.dtype[np.int64]], Feed]]:
+    """The batches of a data set, each with the numbers of its samples: `labels[numbers]` are their labels."""
+
+    def numbered() -> Iterator[Sample]:
+        for index, sample in dataset.indexed():
+            yield {**sample, _NUMBER: np.array([index])}
+
+    for feed in batches(numbered(), size, inputs):
+        yield feed.pop(_NUMBER), feed
 
 
 def _merge(samples: Iterable[Sample], size: int) -> Iterator[Feed]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 from functools import partial
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 # before torch itself: where that is missing, this import says what to install
@@ -20,7 +19,7 @@ from onnxlr.torch_graph import check_parity, to_tensor, to_torch
 import torch
 
 from onnxlr.calibrate import mask_of
-from onnxlr.data import batches, spread
+from onnxlr.data import batches, numbered_batches, spread
 from onnxlr.errors import ModelError
 from onnxlr.report import Recovery
 from onnxlr.task_loss import TaskLoss
@@ -167,13 +166,8 @@ def recover(
 def _watched(
     held_out: Dataset, inputs: Sequence[TensorSpec], batch: int, labels: NDArray[Any] | None
 ) -> list[tuple[Feed, NDArray[Any] | None]]:
-    chosen = spread(held_out, WATCHED)
-    numbers = iter([index for index, _ in chosen.read()])
-    feeds = batches(chosen, batch, inputs)
-    return [
-        (feed, None if labels is None else labels[list(islice(numbers, len(next(iter(feed.values())))))])
-        for feed in feeds
-    ]
+    watched = numbered_batches(spread(held_out, WATCHED), batch, inputs)
+    return [(feed, None if labels is None else labels[numbers]) for numbers, feed in watched]
 
 
 def _reached(graph: TorchGraph, names: Sequence[str], trainer: Trainer, given: Any) -> dict[str, Any]:
