@@ -13,10 +13,11 @@ from typing import Any
 
 import click
 
-from onnxlr.cli.commands import cli
+from onnxlr.cli import commands, models
+from onnxlr.cli.group import cli
 from onnxlr.errors import OnnxlrError
 
-__all__ = ["cli", "main"]
+__all__ = ["cli", "commands", "main", "models"]
 
 
 def main() -> None:
