@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnxlr.data import IMAGES_KEY
-from onnxlr.errors import ConfigError, GateError, OutputError
+from onnxlr.errors import ConfigError, GateError, ModelError, OutputError
 from onnxlr.files import require_writable
 from onnxlr.model_io import PROTOBUF_LIMIT, load, save
 from onnxlr.reference import parse_reference
@@ -192,12 +192,19 @@ def _errors(source: TorchModel, converted: Converted, session: Session, toleranc
     ------
     GateError
         One is above the tolerance.
+    ModelError
+        The torch model takes no other batch size.
     """
     from onnxlr.torch_graph import relative_error, to_array
 
     errors: dict[str, float] = {}
-    for feed in converted.feeds:
-        expected = source.run(feed)
+    for place, feed in enumerate(converted.feeds):
+        try:
+            expected = source.run(feed)
+        except ModelError as error:
+            if place == 0 or source.program is not None:
+                raise
+            raise ModelError(f"{error}; if its batch cannot vary, --fixed-batch keeps that of the example") from error
         found = session.run({name: to_array(tensor) for name, tensor in feed.items()})
         for name, tensor in expected.items():
             reference = to_array(tensor)

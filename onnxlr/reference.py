@@ -63,8 +63,8 @@ def find_reference(text: str) -> Reference | None:
         return Reference(text, "program", text)
     if Path(text).exists():
         return None
-    kind, _, name = text.partition(":")
-    if kind in LIBRARIES and name != text:
+    kind, colon, name = text.partition(":")
+    if kind in LIBRARIES and colon:
         if not name.removesuffix(RANDOM):
             raise ConfigError(f"{text!r} names no model: give {kind}:NAME")
         return Reference(text, kind, name.removesuffix(RANDOM), name.endswith(RANDOM))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,6 +28,8 @@ from onnxlr.torch_models.source import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from onnxlr.reference import Reference
     from onnxlr.torch_models.source import TorchModel
 
@@ -91,7 +94,7 @@ def _build(transformers: Any, reference: Reference, config: Any, where: dict[str
         with quietly(), fixed_seed():
             return kind.from_config(config) if named == "AutoModel" else kind(config).float()
     try:
-        with quietly():
+        with quietly(), _no_bar(transformers) if where["local_files_only"] else nullcontext():
             model, found = kind.from_pretrained(
                 reference.name, config=config, dtype=torch.float32, output_loading_info=True, **where
             )
@@ -101,6 +104,19 @@ def _build(transformers: Any, reference: Reference, config: Any, where: dict[str
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         warnings.warn(f"{reference} has no weights for {missing[0]}{more}: they are random", stacklevel=2)
     return model
+
+
+@contextmanager
+def _no_bar(transformers: Any) -> Iterator[None]:
+    """Loading from a disk takes a moment, and its bar would be in the way of a program's own messages."""
+    log = transformers.utils.logging
+    shown = log.is_progress_bar_enabled()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            log.enable_progress_bar()
 
 
 def _texts(model: Any) -> dict[str, torch.Tensor]:

@@ -104,7 +104,8 @@ def with_examples(reference: Reference, module: torch.nn.Module, example: object
         raise ModelError(
             f"{reference}: {type(module).__name__}.forward{signature} does not take the example inputs: {error}"
         ) from None
-    names = list(kwargs) or [name for parameter, value in bound.items() for name in _names(parameter, value)]
+    names = [name for parameter, value in bound.items() for name in _names(parameter, value)]
+    kwargs = {name: kwargs[name] for name in names if name in kwargs}  # torch.export flattens them in this order
     return TorchModel(str(reference), module.eval(), args, kwargs, tuple(names), **known)
 
 
@@ -145,8 +146,9 @@ def import_library(reference: Reference, package: str) -> Any:
         with quietly():
             return importlib.import_module(package)
     except (ImportError, RuntimeError) as error:  # a RuntimeError comes from operators built for another torch
+        name = package.partition(".")[0]
         raise InstallError(
-            f"{reference} needs {package}, which cannot be imported ({first_line(error)}): `pip install {package}`"
+            f"{reference} needs {name}, which cannot be imported ({first_line(error)}): `pip install {name}`"
         ) from error
 
 
@@ -174,8 +176,8 @@ def fixed_seed() -> Iterator[None]:
 def unfetched(reference: Reference, error: Exception) -> ModelError:
     """The error for weights that a library could not get."""
     return ModelError(
-        f"the pretrained weights of {reference} cannot be fetched ({first_line(error)}): check the connection, fill "
-        f"the library's cache, or export the architecture with random weights as {reference}@random"
+        f"the pretrained weights of {reference} cannot be had ({first_line(error)}): check the connection or the "
+        f"folder, or ask for random weights: {reference}@random"
     )
 
 
@@ -188,7 +190,9 @@ def first_line(error: BaseException) -> str:
 
 
 def _names(parameter: str, value: object) -> Sequence[str]:
-    """The names of a bound parameter: its own, or one an element of `*args`."""
+    """The names of a bound parameter: its own, those of `**kwargs`, or one an element of `*args`."""
+    if isinstance(value, dict):
+        return list(value)
     return [f"{parameter}_{place}" for place in range(len(value))] if isinstance(value, tuple) else [parameter]
 
 

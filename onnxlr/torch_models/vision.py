@@ -90,8 +90,18 @@ def open_torchvision(reference: Reference) -> TorchModel:
 def _image_model(
     reference: Reference, model: Any, size: tuple[int, ...], outputs: tuple[str, ...], images: ImageOptions
 ) -> TorchModel:
+    if reference.random:
+        _fill_zeros(model)
     example = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
     return replace(with_examples(reference, model, (example,), outputs=outputs, images=images), inputs=("images",))
+
+
+def _fill_zeros(model: Any) -> None:
+    """Give heads that a library begins at zero random weights too, or the model's outputs would say nothing of it."""
+    with torch.no_grad(), fixed_seed():
+        for parameter in model.parameters():
+            if parameter.ndim > 1 and not parameter.any():
+                parameter.normal_(std=0.02)
 
 
 def _unknown(reference: Reference, names: Iterable[str]) -> ConfigError:
