@@ -11,6 +11,7 @@ from onnxlr.api import calibrate, finetune, inspect, validate
 from onnxlr.config import Config, Target, Tuning
 from onnxlr.data import ImageOptions
 from onnxlr.errors import OnnxlrError
+from onnxlr.export import Export, export
 from onnxlr.gram import Stats
 from onnxlr.model_io import Model, load, save
 from onnxlr.pipeline import compress
@@ -20,6 +21,7 @@ from onnxlr.validate import Validation
 __all__ = [
     "Analysis",
     "Config",
+    "Export",
     "ImageOptions",
     "Model",
     "OnnxlrError",
@@ -32,6 +34,7 @@ __all__ = [
     "analyze",
     "calibrate",
     "compress",
+    "export",
     "finetune",
     "inspect",
     "load",

@@ -10,7 +10,6 @@ import numpy as np
 from onnxlr.calibrate import weight_moments
 from onnxlr.case import gather, prepare, quiet, require_same_model
 from onnxlr.config import Config
-from onnxlr.data import ImageOptions
 from onnxlr.errors import ConfigError
 from onnxlr.spectrum import Utilization, eigen, output_spectrum, utilization
 
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from onnxlr.case import ModelLike, Progress
+    from onnxlr.data import ImageOptions
     from onnxlr.gram import Stats
 
 
@@ -69,7 +69,7 @@ def analyze(
     for energy in energies:
         if not 0 < energy <= 1:
             raise ConfigError(f"energy must be above 0 and at most 1, not {energy}")
-    case = prepare(model, calib, config, images or ImageOptions())
+    case = prepare(model, calib, config, images)
     stats = require_same_model(stats, case.model) if stats else gather(case, config, progress)
     rows = []
     for weight in case.weights:

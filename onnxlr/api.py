@@ -14,6 +14,7 @@ import numpy as np
 from onnxlr.case import (
     as_model,
     gather,
+    images_for,
     load_truth,
     passes_check,
     prepare,
@@ -24,7 +25,7 @@ from onnxlr.case import (
     tune,
 )
 from onnxlr.config import Config, Tuning
-from onnxlr.data import ImageOptions, load_labels, open_data
+from onnxlr.data import load_labels, open_data
 from onnxlr.errors import ConfigError, ModelError
 from onnxlr.files import require_writable
 from onnxlr.model_io import save
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from onnxlr.case import ModelLike, Progress
+    from onnxlr.data import ImageOptions
     from onnxlr.gram import Stats
     from onnxlr.report import Recovery
     from onnxlr.sites import Inventory
@@ -112,7 +114,7 @@ def calibrate(
     require_loss_of_use(config, labels)
     if labels is not None and config.loss is None:
         raise ConfigError("--labels without --loss: give the loss whose gradients they are for, or leave them out")
-    case = prepare(model, calib, config, images or ImageOptions())
+    case = prepare(model, calib, config, images)
     return gather(case, config, progress, None if labels is None else load_truth(case, labels))
 
 
@@ -172,7 +174,7 @@ def finetune(
     path = None if output is None else Path(output)
     if path is not None:
         require_writable(path, force=force)
-    student, case = as_model(small), prepare(dense, calib, config, images or ImageOptions())
+    student, case = as_model(small), prepare(dense, calib, config, images)
     require_held_out(case)
     truth = None if labels is None else load_truth(case, labels)
     tuned, recovery = tune(
@@ -202,7 +204,7 @@ def validate(
     Parameters
     ----------
     a, b
-        Paths, `Model`s or ModelProtos, with the same inputs and outputs.
+        Paths, references, `Model`s or ModelProtos, with the same inputs and outputs.
     data
         Whatever `onnxlr.data.open_data` takes.
     labels
@@ -216,6 +218,7 @@ def validate(
         Whatever is wrong with the models or the data; a gate that is not met is for the caller to act on.
     """
     first, second = as_model(a), as_model(b)
-    samples = open_data(data, Session(first, provider=provider, optimize=False).inputs, images=images or ImageOptions())
+    inputs = Session(first, provider=provider, optimize=False).inputs
+    samples = open_data(data, inputs, images=images_for(first, images))
     truth = labels if labels is None or isinstance(labels, np.ndarray) else load_labels(labels)
     return compare_models(first, second, samples, labels=truth, provider=provider, **options)

@@ -10,9 +10,11 @@ import numpy as np
 import onnx
 
 from onnxlr.calibrate import INSTEAD, accumulate, has_gradients
-from onnxlr.data import ImageOptions, batches, fixed_batch, load_labels, open_data, split
+from onnxlr.data import IMAGES_KEY, ImageOptions, batches, fixed_batch, load_labels, open_data, split
 from onnxlr.errors import ConfigError, DataError, InstallError, ModelError, StatsError
+from onnxlr.export import export_temporarily
 from onnxlr.model_io import Model, check, from_proto, load
+from onnxlr.reference import find_reference
 from onnxlr.session import Session
 from onnxlr.shapes import measure_shapes
 from onnxlr.sites import take_inventory
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from onnxlr.sites import Inventory, Weight
 
     ModelLike = str | Path | Model | onnx.ModelProto
+    """A path, a reference to a torch model (`onnxlr.reference`), or a model in memory."""
 
 
 class Progress(Protocol):
@@ -43,19 +46,47 @@ def quiet(stage: str, done: int, total: int | None, note: str = "") -> None:
 
 
 def as_model(model: ModelLike) -> Model:
-    """The model behind a path, a protobuf or a `Model`."""
+    """The model behind a path, a reference to a torch model, a protobuf or a `Model`.
+
+    Raises
+    ------
+    OnnxlrError
+        As `onnxlr.model_io.load`, or as `onnxlr.export.export`.
+    """
     if isinstance(model, Model):
         return model
-    return from_proto(model) if isinstance(model, onnx.ModelProto) else load(model)
+    if isinstance(model, onnx.ModelProto):
+        return from_proto(model)
+    reference = find_reference(str(model))
+    return load(model) if reference is None else export_temporarily(reference)
+
+
+def name_of(model: ModelLike) -> str:
+    """What a report calls a model."""
+    path = model.path if isinstance(model, Model) else None if isinstance(model, onnx.ModelProto) else model
+    return "in memory" if path is None else str(path)
+
+
+def images_for(model: Model, images: ImageOptions | None) -> ImageOptions:
+    """How images become the input of a model: as its metadata say where `images` says nothing.
+
+    Raises
+    ------
+    ModelError
+        Its metadata are no image options.
+    """
+    stated = next((entry.value for entry in model.proto.metadata_props if entry.key == IMAGES_KEY), None)
+    return (images or ImageOptions()).or_stated(stated, name_of(model))
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A model with its data, its linear operators, and which of them take part.
+    """A model with its data, its linear operators, and which of them take part; `name` is what it was given as.
 
     `held_back` gives the reason for every weight that a pattern keeps out.
     """
 
+    name: str
     model: Model
     inputs: Sequence[TensorSpec]
     calibration: Dataset
@@ -65,7 +96,7 @@ class Case:
     held_back: Mapping[str, str]
 
 
-def prepare(model: ModelLike, calib: object, config: Config, images: ImageOptions) -> Case:
+def prepare(model: ModelLike, calib: object, config: Config, images: ImageOptions | None = None) -> Case:
     """Load the model, open and split the data, find the sites.
 
     Raises
@@ -77,13 +108,13 @@ def prepare(model: ModelLike, calib: object, config: Config, images: ImageOption
     inputs = Session(loaded, provider=config.provider, threads=config.threads).inputs
     if config.mask is not None and config.mask not in {spec.name for spec in inputs}:
         raise DataError(f"--mask {config.mask!r} is none of the inputs {', '.join(repr(s.name) for s in inputs)}")
-    calibration, held_out = split(open_data(calib, inputs, images=images), config.holdout_every)
+    calibration, held_out = split(open_data(calib, inputs, images=images_for(loaded, images)), config.holdout_every)
     first = next(batches(islice(calibration, fixed_batch(inputs) or 1), 1, inputs), None)
     if first is None:
         raise DataError(f"{calibration.name}: no sample to calibrate on")
     inventory = take_inventory(loaded, measure_shapes(loaded, first, provider=config.provider))
     weights, held_back = _taking_part(inventory, config)
-    return Case(loaded, inputs, calibration, held_out, inventory, weights, held_back)
+    return Case(name_of(model), loaded, inputs, calibration, held_out, inventory, weights, held_back)
 
 
 def _taking_part(inventory: Inventory, config: Config) -> tuple[list[Weight], dict[str, str]]:

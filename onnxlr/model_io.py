@@ -38,7 +38,7 @@ _CHUNK = 2**24
 _PAGE, _LARGE, _SMALL_ALIGNMENT = 4096, 2**20, 64
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Model:
     """A model in memory, its external data on disk.
 

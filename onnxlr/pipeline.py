@@ -89,7 +89,7 @@ def compress(
     Parameters
     ----------
     model
-        A path, a `Model` or a ModelProto.
+        A path, a reference to a torch model (as `onnxlr.export` takes them), a `Model` or a ModelProto.
     calib
         Calibration data: whatever `onnxlr.data.open_data` takes. A part is held out and validates the result.
     config
@@ -132,7 +132,7 @@ def compress(
         config = replace(config, forms=config.forms & {"pair", "block"})
     clock = Clock()
     with clock.stage("prepare"):
-        case = prepare(model, calib, config, images or ImageOptions())
+        case = prepare(model, calib, config, images)
         truth = None if labels is None else load_truth(case, labels)
         require_held_out(case)
     why = ""

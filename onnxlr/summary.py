@@ -53,7 +53,7 @@ def summarize(
     macs = case.inventory.macs
     saved = sum(w.macs - w.macs_after for w in weights if w.macs is not None and w.macs_after is not None)
     return Report(
-        model=str(case.model.path or "in memory"),
+        model=case.name,
         fingerprint=case.model.fingerprint(),
         output=None if output is None else str(output),
         config={**asdict(config), "forms": sorted(config.forms)},

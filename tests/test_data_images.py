@@ -108,7 +108,7 @@ def test_conventions_resize_and_crop_as_their_collections_do(tmp_path: Path) -> 
     imagenet, inception = ImageOptions.convention("torchvision"), ImageOptions.convention("timm")
     assert only(tmp_path, spec("N", 3, 56, 56), imagenet).min() < -1
     assert np.abs(only(tmp_path, spec("N", 3, 56, 56), inception)).max() <= 1
-    with pytest.raises(ConfigError, match="image convention 'keras': expected one of none, unit, torchvision, timm"):
+    with pytest.raises(ConfigError, match="image convention 'keras': expected one of model, none, unit, torch"):
         ImageOptions.convention("keras")
 
 

@@ -13,13 +13,11 @@ from typing import Any
 
 import click
 
-from onnxlr.cli.commands import cli
-from onnxlr.cli.finetune import finetune
+from onnxlr.cli import commands, finetune, models
+from onnxlr.cli.group import cli
 from onnxlr.errors import OnnxlrError
 
-__all__ = ["cli", "main"]
-
-cli.add_command(finetune)
+__all__ = ["cli", "commands", "finetune", "main", "models"]
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The commands. Each imports the stages that it needs when it runs."""
+"""The commands that run a model on data. Each imports the stages that it needs when it runs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from onnxlr.cli.group import cli
 from onnxlr.cli.options import DATA, FILE, POSITIVE, SHARE, common, parse_ranks, running, selecting, training
 from onnxlr.cli.output import describe_verdict, progress_bars, show, show_json, show_stats
 from onnxlr.config import ALLOCATIONS, FORMS, OBJECTIVES, TARGETS, Config, Target
@@ -19,25 +20,6 @@ if TYPE_CHECKING:
 
     from onnxlr.config import Tuning
     from onnxlr.data import ImageOptions
-
-
-class _Group(click.Group):
-    """Commands whose interruption reaches `main` as it is: click would print an empty line first."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            raise click.Abort from None
-
-
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.version_option(package_name="onnxlr")
-def cli() -> None:
-    """Low-rank compression of ONNX models: smaller and faster, with evidence.
-
-    Exit codes: 0 done, 1 error, 2 wrong usage, 3 a target or gate was not met, 130 interrupted.
-    """
 
 
 @cli.command()
@@ -55,53 +37,6 @@ def demo(as_json: bool, quiet: bool, verbose: bool) -> None:
         show_json(result.to_dict())
     else:
         show(result.render(verbose=verbose))
-
-
-@cli.command()
-@click.argument("model", type=FILE)
-@click.option("--provider", default="cpu", help="Execution provider that the shapes are measured with.")
-@common
-def inspect(model: Path, provider: str, as_json: bool, quiet: bool, verbose: bool) -> None:
-    """List what can be compressed in MODEL.
-
-    Every linear operator, those that cannot be compressed with the reason, and how much of the model they are.
-    """
-    from onnxlr.api import inspect as api
-
-    found = api(model, provider=provider)
-    inventory = found.inventory
-    if as_json:
-        return show_json(found.to_dict())
-    total, macs = inventory.parameters, inventory.macs
-    weights = [
-        (w.name, ", ".join(w.labels), f"{w.d_in} x {w.d_out}", w.dtype, terminal.percent(w.parameters, total),
-         terminal.percent(w.macs, macs))
-        for w in inventory.weights
-    ]  # fmt: skip
-    refusals = [
-        (r.name, r.op, terminal.percent(r.parameters, total), terminal.percent(r.macs, macs), r.reason)
-        for r in inventory.refusals
-    ]
-    lines: list[Any] = []
-    if weights:
-        columns = ["weight", "sites", "shape", "dtype", "parameters", "MACs"]
-        lines += [terminal.render_rows("Can be compressed", columns, weights), ""]
-    if refusals:
-        columns = ["operator", "op", "parameters", "MACs", "why"]
-        lines += [terminal.render_rows("Cannot be compressed", columns, refusals), ""]
-    if not (weights or refusals):
-        lines.append("no linear operator with a constant weight: there is nothing to compress")
-    covered = terminal.percent(sum(weight.parameters for weight in inventory.weights), total)
-    covered_macs = terminal.percent(sum(weight.macs or 0 for weight in inventory.weights), macs)
-    share = f", {covered} of them in {len(weights)} weights that can be compressed" if weights else ""
-    lines.append(f"{terminal.count(total)} parameters{share}")
-    if found.problem is not None:
-        lines.append(f"MACs are unknown: {found.problem}")
-    elif macs is not None:
-        shapes = ", ".join(f"{name} {list(shape)}" for name, shape in found.shapes_of.items())
-        share = f", {covered_macs} of them there" if weights else ""
-        lines.append(f"{terminal.count(macs)} MACs{share}, for one sample: {shapes}")
-    return show(lines)
 
 
 @cli.command()
@@ -310,15 +245,20 @@ def validate(
     """
     from itertools import islice
 
+    from onnxlr.case import as_model, images_for
     from onnxlr.data import batches, load_labels, open_data
-    from onnxlr.model_io import load
     from onnxlr.polygraphy_files import run_comparator, write_polygraphy
+    from onnxlr.reference import find_reference
     from onnxlr.session import Session
     from onnxlr.validate import validate as api
 
-    first, second = load(a), load(b)
+    if folder is not None and find_reference(str(b)) is not None:
+        raise click.UsageError(f"--polygraphy writes a script that runs B, but {b} is no file: export it first")
+    first, second = as_model(a), as_model(b)
+    assert first.path is not None
+    assert second.path is not None
     inputs = Session(first, provider=settings["provider"], optimize=False).inputs
-    samples = open_data(data, inputs, images=images)
+    samples = open_data(data, inputs, images=images_for(first, images))
     with progress_bars(quiet) as progress:
         result = api(
             first, second, samples, labels=None if labels is None else load_labels(labels), max_error=max_error,
@@ -328,9 +268,9 @@ def validate(
     feeds = list(batches(sampled, settings["batch"], inputs))
     gate = {"max_error": max_error, "provider": settings["provider"]}
     if folder is None:
-        verdicts = run_comparator(a, b, feeds, **gate)
+        verdicts = run_comparator(first.path, second.path, feeds, **gate)
     else:
-        verdicts = write_polygraphy(folder, a, b, feeds, force=force, **gate)
+        verdicts = write_polygraphy(folder, first.path, second.path, feeds, force=force, **gate)
     if as_json:
         opinions = [asdict(verdict) for verdict in verdicts]
         show_json({"format": "onnxlr-validation/1", **result.to_dict(), "polygraphy": opinions})

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from onnxlr.cli.group import cli
 from onnxlr.cli.options import DATA, FILE, common, running, training
 from onnxlr.cli.output import progress_bars, show, show_json
 from onnxlr.config import Config
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from onnxlr.data import ImageOptions
 
 
-@click.command()
+@cli.command()
 @click.argument("dense", type=FILE)
 @click.argument("small", type=FILE)
 @click.option("--calib", required=True, help=f"The data that SMALL was calibrated on, or more of them: {DATA}")

@@ -45,9 +45,10 @@ def running(command: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--threads", default=0, type=click.IntRange(min=0), help="Threads of an operator; 0 is one a core.")
     @click.option("--batch", default=8, type=POSITIVE, help="Samples in a batch, where the model leaves it free.")
     @click.option("--mask", metavar="INPUT", help="Input that is nonzero where a token is real, for padded batches.")
-    @click.option("--images", "convention", default="unit",
-                  type=click.Choice(["unit", "torchvision", "timm"]),
-                  help="How images become inputs: values in [0, 1], or a library's convention.")  # fmt: skip
+    @click.option("--images", "convention", default="model",
+                  type=click.Choice(["model", "unit", "torchvision", "timm"]),
+                  help="How images become inputs: as the model's metadata say (else as unit), values in [0, 1], or "
+                  "a library's convention.")  # fmt: skip
     @click.option("--mean", metavar="V[,V,V]", help="Image mean by channel, in place of the convention's.")
     @click.option("--std", metavar="V[,V,V]", help="Image standard deviation by channel.")
     @click.option("--resize", metavar="H[xW]", help="Resize images: the shorter side, or height and width.")

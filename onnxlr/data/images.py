@@ -7,6 +7,7 @@ An image of h x w pixels is resized, cut to the model's H x W at its centre, sca
 
 The conventions of `ImageOptions.convention` are those the common model collections evaluate with:
 
+    model         what the model's own metadata say, under `IMAGES_KEY`; as unit where they say nothing
     none, unit    resized to cover H x W (bilinear), centre crop; values in [0, 1]
     torchvision   resized to cover H x W / 0.875 (256 for 224; bilinear), centre crop; ImageNet mean and std
     timm          the same with bicubic resampling; mean 0.5, std 0.5: values in [-1, 1] ("inception" normalization)
@@ -16,7 +17,8 @@ Orientation tags (EXIF) are not applied, as those collections do not apply them 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass, fields, replace
 from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,17 +26,20 @@ import numpy as np
 
 from onnxlr.data.fit import fit
 from onnxlr.data.spec import Array, Sample, TensorSpec, names
-from onnxlr.errors import ConfigError, DataError
+from onnxlr.errors import ConfigError, DataError, ModelError
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+IMAGES_KEY = "onnxlr.images"
+"""Where a model's metadata hold its `ImageOptions`, as JSON: models that `onnxlr export` wrote have them."""
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})
 
 
 @dataclass(frozen=True, slots=True)
 class ImageOptions:
-    """How an image becomes a model's input.
+    """How an image becomes a model's input; what is None is as the model's metadata say, if they do.
 
     Attributes
     ----------
@@ -45,10 +50,10 @@ class ImageOptions:
         `crop_pct`, aspect kept.
     crop : int, (int, int) or None
         Height and width cut out of the centre. None: the model's own; where those are dynamic, nothing is cut.
-    crop_pct : float
-        Share of the resized image that the crop keeps, in (0, 1]; only used where `resize` is None.
-    interpolation : "bilinear" or "bicubic"
-        The filter of the resize, always antialiased.
+    crop_pct : float or None
+        Share of the resized image that the crop keeps, in (0, 1]; only used where `resize` is None. None is 1.
+    interpolation : "bilinear", "bicubic" or None
+        The filter of the resize, always antialiased. None is bilinear.
 
     Raises
     ------
@@ -60,8 +65,8 @@ class ImageOptions:
     std: tuple[float, ...] | None = None
     resize: int | tuple[int, int] | None = None
     crop: int | tuple[int, int] | None = None
-    crop_pct: float = 1.0
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    crop_pct: float | None = None
+    interpolation: Literal["bilinear", "bicubic"] | None = None
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -69,9 +74,9 @@ class ImageOptions:
             sides = (size,) if size is None or isinstance(size, int) else tuple(size)
             if len(sides) > 2 or any(side is not None and side < 1 for side in sides):
                 raise ConfigError(f"image {what} {size!r}: expected a side or (height, width) of at least 1 pixel")
-        if not 0 < self.crop_pct <= 1:
+        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
             raise ConfigError(f"image crop_pct {self.crop_pct}: expected a share above 0 and up to 1")
-        if self.interpolation not in ("bilinear", "bicubic"):
+        if self.interpolation not in (None, "bilinear", "bicubic"):
             raise ConfigError(f"image interpolation {self.interpolation!r}: expected 'bilinear' or 'bicubic'")
         if not all(isfinite(value) for value in self.mean or ()):
             raise ConfigError(f"image mean {self.mean}: expected finite values")
@@ -80,7 +85,7 @@ class ImageOptions:
 
     @classmethod
     def convention(cls, name: str) -> ImageOptions:
-        """Return the options of a convention: "none", "unit" (the same), "torchvision" or "timm".
+        """Return the options of a convention: "model", "none", "unit" (the same), "torchvision" or "timm".
 
         Raises ConfigError for any other name.
         """
@@ -88,11 +93,39 @@ class ImageOptions:
             raise ConfigError(f"image convention {name!r}: expected one of {', '.join(_CONVENTIONS)}")
         return _CONVENTIONS[name]
 
+    def to_json(self) -> str:
+        """What is not None, as a JSON object."""
+        return json.dumps({key: value for key, value in asdict(self).items() if value is not None})
+
+    def or_stated(self, stated: str | None, where: str) -> ImageOptions:
+        """Return these options with what a model's metadata state, as JSON, in the place of None.
+
+        Raises ModelError where the metadata are no `ImageOptions`; `where` is the model.
+        """
+        if stated is None:
+            return self
+        try:
+            given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(stated).items()}
+            own = ImageOptions(**given)
+        except (ValueError, TypeError, AttributeError, ConfigError) as error:
+            raise ModelError(
+                f"{where}: its metadata {IMAGES_KEY!r} are no image options ({error}): remove or correct them"
+            ) from error
+        # how far to shrink an image and how much of it to keep are one decision
+        kept = {"resize", "crop_pct"} if self.resize or self.crop_pct else set()
+        lacking = [f.name for f in fields(self) if getattr(self, f.name) is None and f.name not in kept]
+        return replace(self, **{name: getattr(own, name) for name in lacking})
+
+
+_UNIT = ImageOptions(mean=(0.0,), std=(1.0,), crop_pct=1.0, interpolation="bilinear")
 
 _CONVENTIONS = {
-    "none": ImageOptions(),
-    "unit": ImageOptions(),
-    "torchvision": ImageOptions(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), crop_pct=0.875),
+    "model": ImageOptions(),
+    "none": _UNIT,
+    "unit": _UNIT,
+    "torchvision": ImageOptions(
+        mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), crop_pct=0.875, interpolation="bilinear"
+    ),
     "timm": ImageOptions(mean=(0.5,), std=(0.5,), crop_pct=0.875, interpolation="bicubic"),
 }
 
@@ -199,10 +232,10 @@ class ImageReader:
             size = _cover(height, width, resize, resize)
         else:
             assert crop is not None  # _find_crop wants one of the two
-            size = _cover(height, width, *(int(side / self._options.crop_pct) for side in crop))
+            size = _cover(height, width, *(int(side / (self._options.crop_pct or 1)) for side in crop))
         if size != (height, width):
             filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-            image = image.resize((size[1], size[0]), filters[self._options.interpolation])
+            image = image.resize((size[1], size[0]), filters[self._options.interpolation or "bilinear"])
         if crop and crop != size:
             top, left = round((size[0] - crop[0]) / 2), round((size[1] - crop[1]) / 2)
             image = image.crop((left, top, left + crop[1], top + crop[0]))
