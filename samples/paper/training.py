@@ -1,0 +1,143 @@
+"""Train the vision transformers that the paper's claims are tried on, or take them from the work folder.
+
+    python -m samples.paper.training --seed 0 --depth 6 --width 128
+
+The recipe is that of `samples/fashion_vit/train.py`, on all 60,000 training images. The work folder keeps
+`NAME.pt`, the trained weights, and `NAME.onnx`; while a training runs, `NAME.state` lets it go on where it was cut off.
+Every other script here takes its models from that folder and trains those that are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from samples.fashion_vit.train import export, load_split, train
+from samples.paper.model import PaperViT
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+HEAD_WIDTH = 32
+CALIBRATION_IMAGES = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Which transformer, and how it is trained; `start` names the weights that it begins with, "" for random ones."""
+
+    width: int = 128
+    depth: int = 6
+    seed: int = 0
+    epochs: int = 8
+    start: str = ""
+
+    @property
+    def name(self) -> str:
+        """What its files are called."""
+        start = f"-{self.start}" if self.start else ""
+        return f"vit-{self.width}x{self.depth}{start}-{self.epochs}epochs-seed{self.seed}"
+
+    def untrained(self) -> PaperViT:
+        """The transformer with the random weights of its seed."""
+        torch.manual_seed(self.seed)
+        return PaperViT(self.width, self.depth, self.width // HEAD_WIDTH)
+
+
+class Bench:
+    """The data, and the folder that trained models are kept in.
+
+    Parameters
+    ----------
+    data
+        Folder of the four IDX files of Fashion-MNIST.
+    work
+        Where models are kept.
+    """
+
+    def __init__(self, data: Path, work: Path) -> None:
+        self.work = work
+        work.mkdir(parents=True, exist_ok=True)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._data = data
+
+    @cached_property
+    def train(self) -> tuple[Tensor, Tensor]:
+        """Images uint8 [60000, 1, 28, 28] and their labels, on the device."""
+        images, labels = load_split(self._data, "train")
+        return images.to(self.device), labels.to(self.device)
+
+    @cached_property
+    def test(self) -> tuple[Tensor, Tensor]:
+        """10,000 images and their labels, on the device."""
+        images, labels = load_split(self._data, "t10k")
+        return images.to(self.device), labels.to(self.device)
+
+    @property
+    def calibration(self) -> list[dict[str, np.ndarray]]:
+        """1,024 training images, without their labels."""
+        images = self.train[0]
+        chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:CALIBRATION_IMAGES]
+        return [{"images": images.cpu()[chosen].numpy()}]
+
+    @property
+    def test_feeds(self) -> list[dict[str, np.ndarray]]:
+        """All test images."""
+        return [{"images": self.test[0].cpu().numpy()}]
+
+    @property
+    def test_labels(self) -> np.ndarray:
+        """Their labels, int64 [10000]."""
+        return self.test[1].cpu().numpy()
+
+    def trained(self, recipe: Recipe, start: nn.Module | None = None) -> PaperViT:
+        """The trained transformer on the CPU; its training begins with the weights of `start`, where given."""
+        file = self.work / f"{recipe.name}.pt"
+        model = recipe.untrained()
+        if not file.exists():
+            if start is not None:
+                model.load_state_dict(start.state_dict())
+            print(f"training {recipe.name}, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+            state = file.with_suffix(".state")
+            train(model.to(self.device), *self.train, self.test, recipe.epochs, state=state)
+            torch.save(model.cpu().state_dict(), file)
+            state.unlink()
+        model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        return model.eval()
+
+    def exported(self, recipe: Recipe) -> Path:
+        """The ONNX file of the trained transformer."""
+        weights, file = self.work / f"{recipe.name}.pt", self.work / f"{recipe.name}.onnx"
+        model = self.trained(recipe)
+        if not file.exists() or file.stat().st_mtime < weights.stat().st_mtime:
+            export(model, file)
+        return file
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that all scripts have: where the data lie and where models are kept."""
+    result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
+    result.add_argument("--work", type=Path, default=Path(__file__).parent / "work")
+    return result
+
+
+def main() -> None:
+    options, usual = parser(__doc__), Recipe()
+    options.add_argument("--width", type=int, default=usual.width)
+    options.add_argument("--depth", type=int, default=usual.depth)
+    options.add_argument("--seed", type=int, default=usual.seed)
+    options.add_argument("--epochs", type=int, default=usual.epochs)
+    given = options.parse_args()
+    recipe = Recipe(given.width, given.depth, given.seed, given.epochs)
+    print(Bench(given.data, given.work).exported(recipe))
+
+
+if __name__ == "__main__":
+    main()
