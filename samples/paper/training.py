@@ -15,14 +15,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from samples.fashion_vit.train import export, load_split, train
 from samples.paper.model import PaperViT
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from collections.abc import Callable
+
+    import numpy as np
+    from torch import Tensor
 
 HEAD_WIDTH = 32
 CALIBRATION_IMAGES = 1024
@@ -30,7 +32,7 @@ CALIBRATION_IMAGES = 1024
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Which transformer, and how it is trained; `start` names the weights that it begins with, "" for random ones."""
+    """Which transformer, and how it is trained; `start` names the kept weights that it begins with, if any."""
 
     width: int = 128
     depth: int = 6
@@ -41,8 +43,8 @@ class Recipe:
     @property
     def name(self) -> str:
         """What its files are called."""
-        start = f"-{self.start}" if self.start else ""
-        return f"vit-{self.width}x{self.depth}{start}-{self.epochs}epochs-seed{self.seed}"
+        start = f"-from-{self.start}" if self.start else ""
+        return f"vit-{self.width}x{self.depth}-{self.epochs}epochs-seed{self.seed}{start}"
 
     def untrained(self) -> PaperViT:
         """The transformer with the random weights of its seed."""
@@ -96,28 +98,44 @@ class Bench:
         """Their labels, int64 [10000]."""
         return self.test[1].cpu().numpy()
 
-    def trained(self, recipe: Recipe, start: nn.Module | None = None) -> PaperViT:
-        """The trained transformer on the CPU; its training begins with the weights of `start`, where given."""
-        file = self.work / f"{recipe.name}.pt"
-        model = recipe.untrained()
-        if not file.exists():
-            if start is not None:
-                model.load_state_dict(start.state_dict())
-            print(f"training {recipe.name}, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
-            state = file.with_suffix(".state")
+    def trained(self, recipe: Recipe) -> PaperViT:
+        """The trained transformer on the CPU."""
+
+        def fitted(model: PaperViT, state: Path) -> None:
+            if recipe.start:
+                model.load_state_dict(self._weights(recipe.start))
             train(model.to(self.device), *self.train, self.test, recipe.epochs, state=state)
+
+        return self.kept(recipe.name, recipe.untrained(), fitted)
+
+    def kept(self, name: str, model: PaperViT, fitted: Callable[[PaperViT, Path], None]) -> PaperViT:
+        """The model with the weights kept under `name`; those are first fitted, where there are none.
+
+        `fitted` takes the model and the file in which it may keep its state; it leaves the model anywhere.
+        """
+        file = self.work / f"{name}.pt"
+        if not file.exists():
+            print(f"training {name}, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+            state = file.with_suffix(".state")
+            fitted(model, state)
             torch.save(model.cpu().state_dict(), file)
             state.unlink()
-        model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        model.load_state_dict(self._weights(name))
         return model.eval()
 
-    def exported(self, recipe: Recipe) -> Path:
-        """The ONNX file of the trained transformer."""
-        weights, file = self.work / f"{recipe.name}.pt", self.work / f"{recipe.name}.onnx"
-        model = self.trained(recipe)
+    def _weights(self, name: str) -> dict[str, Tensor]:
+        return torch.load(self.work / f"{name}.pt", map_location="cpu", weights_only=True)
+
+    def exported(self, name: str, model: PaperViT) -> Path:
+        """The ONNX file of a model whose weights are kept under `name`."""
+        weights, file = self.work / f"{name}.pt", self.work / f"{name}.onnx"
         if not file.exists() or file.stat().st_mtime < weights.stat().st_mtime:
             export(model, file)
         return file
+
+    def onnx(self, recipe: Recipe) -> Path:
+        """The ONNX file of the trained transformer."""
+        return self.exported(recipe.name, self.trained(recipe))
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -136,7 +154,7 @@ def main() -> None:
     options.add_argument("--epochs", type=int, default=usual.epochs)
     given = options.parse_args()
     recipe = Recipe(given.width, given.depth, given.seed, given.epochs)
-    print(Bench(given.data, given.work).exported(recipe))
+    print(Bench(given.data, given.work).onnx(recipe))
 
 
 if __name__ == "__main__":
