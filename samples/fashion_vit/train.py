@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 PIXEL_MEAN, PIXEL_STD = 0.2860, 0.3530
-BATCH, RATE = 128, 1e-3
+BATCH = 128
 CALIBRATION_IMAGES, TEST_IMAGES = 1024, 2000
 
 
@@ -111,13 +111,13 @@ def load_split(folder: Path, split: str) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(images.copy()), torch.from_numpy(labels)
 
 
-def augment(images: Tensor) -> Tensor:
-    """A horizontal flip of every second image and a shift by up to two pixels, drawn for each image."""
+def augment(images: Tensor, shift: int = 2) -> Tensor:
+    """A horizontal flip of every second image and a shift by up to `shift` pixels, drawn for each image."""
     n = len(images)
-    padded = F.pad(images, (2, 2, 2, 2))
+    padded = F.pad(images, (shift,) * 4)
     span = torch.arange(28, device=images.device)
-    rows = torch.randint(0, 5, (n, 1), device=images.device) + span
-    columns = torch.randint(0, 5, (n, 1), device=images.device) + span
+    rows = torch.randint(0, 2 * shift + 1, (n, 1), device=images.device) + span
+    columns = torch.randint(0, 2 * shift + 1, (n, 1), device=images.device) + span
     flip = torch.rand(n, 1, device=images.device) < 0.5
     columns = torch.where(flip, columns.flip(1), columns)
     return padded[torch.arange(n, device=images.device)[:, None, None], 0, rows[:, :, None], columns[:, None, :]][
@@ -142,14 +142,16 @@ def train(
     test: tuple[Tensor, Tensor],
     epochs: int,
     *,
+    rate: float = 1e-3,
+    shift: int = 2,
     state: Path | None = None,
 ) -> None:
     """Fit a classifier to augmented images; `test` are images and labels that top-1 is printed for; else as `fit`."""
 
     def loss(chosen: Tensor) -> Tensor:
-        return F.cross_entropy(model(augment(images[chosen])), labels[chosen], label_smoothing=0.05)
+        return F.cross_entropy(model(augment(images[chosen], shift)), labels[chosen], label_smoothing=0.05)
 
-    fit(model, loss, len(images), epochs, lambda: f"top-1 {100 * top1(model, *test):.2f}%", state=state)
+    fit(model, loss, len(images), epochs, lambda: f"top-1 {100 * top1(model, *test):.2f}%", rate=rate, state=state)
 
 
 def fit(
@@ -159,9 +161,10 @@ def fit(
     epochs: int,
     judge: Callable[[], str],
     *,
+    rate: float = 1e-3,
     state: Path | None = None,
 ) -> None:
-    """AdamW with warm-up and a cosine schedule.
+    """AdamW with warm-up to `rate` and a cosine schedule.
 
     `loss` takes the numbers of the samples in a batch [128]; `judge` says after each epoch how good the model is. A
     training that was cut off goes on from the file `state`, which every epoch renews: on a CPU to the same weights.
@@ -185,9 +188,9 @@ def fit(
         order = torch.randperm(samples, device=device).split(BATCH)[:steps_each]
         for step, chosen in enumerate(order, start=epoch * steps_each):
             progress = max(0.0, (step - warmup) / (steps - warmup))
-            rate = RATE * min(1.0, (step + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * progress))
+            factor = min(1.0, (step + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * progress))
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * factor
             value = loss(chosen)
             optimizer.zero_grad(set_to_none=True)
             value.backward()

@@ -4,13 +4,7 @@
 
 The paper cuts the parameters of ViT-B/16 to 50% and those of ViT-L/16 to 25% and loses less than 0.2% of accuracy after
 fine-tuning. Here transformers trained on Fashion-MNIST are compressed to shares of the parameters of their linear
-layers, by these methods, and top-1 is measured on 10,000 test images:
-
-    paper, energy     the paper's rule: every layer keeps the same share of energy, `W' = P_T W P_S`, as two factors
-                      where that is smaller; the share of energy is the largest that the parameters allow
-    paper, uniform    the same projections, with every layer keeping the same share of its parameters
-    output            least squares on the layers' outputs, with all forms and ranks allocated over the whole model
-    fisher            least squares on the network's output, likewise
+layers by the methods of `samples/paper/subject.py`, and top-1 is measured on 10,000 test images.
 
 1,024 training images calibrate, their labels are not used. The work folder keeps moments, compressed models and
 `compression.jsonl`, one line a result, so a run that was cut off goes on; two runs may share it, for different seeds.
@@ -19,7 +13,6 @@ layers, by these methods, and top-1 is measured on 10,000 test images:
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +24,7 @@ from onnxlr.metrics import relative_error
 from onnxlr.session import Session
 from onnxlr.validate import compare
 from samples.paper.figures import BLUE, GREEN, GREY, ORANGE, panels, save
+from samples.paper.subject import METHODS, Subject
 from samples.paper.training import Bench, Recipe, parser
 
 if TYPE_CHECKING:
@@ -40,81 +34,33 @@ if TYPE_CHECKING:
 
     Row = dict[str, Any]
 
-CONFIG = onnxlr.Config(rank_multiple=1, threads=1)
-PAPER = replace(CONFIG, objective="utilized", forms=frozenset({"pair"}), allocation="uniform", margin=1.0)
-METHODS = {
-    "paper, energy": PAPER,
-    "paper, uniform": replace(PAPER, exclude=("head",)),  # half of its rank would be half of the classes
-    "output": replace(CONFIG, objective="output"),
-    "fisher": replace(CONFIG, objective="fisher"),
-}
 COLOURS = {"paper, energy": GREY, "paper, uniform": ORANGE, "output": BLUE, "fisher": GREEN}
-ENERGIES = tuple(float(1 - lost) for lost in np.geomspace(1e-4, 0.5, 400))
-"""That the energy rule is tried at, from much to little."""
 LOSS = 0.2
 """Points of top-1 that may be lost."""
 
 
-class Subject:
-    """One trained model: its data and moments, and what becomes of it at any share by any method."""
+class Judge:
+    """What is left of a dense model on all test images."""
 
-    def __init__(self, bench: Bench, seed: int) -> None:
-        self._work, self._calibration = bench.work, bench.calibration
-        recipe = Recipe(seed=seed)
-        self.name, self.path = recipe.name, bench.onnx(recipe)
-        inspection = onnxlr.inspect(self.path)
-        self._whole = inspection.inventory.parameters
-        self._weights = inspection.inventory.weights
-        self._linear = sum(weight.parameters for weight in self._weights)
+    def __init__(self, dense: Path, bench: Bench) -> None:
         images = bench.test_feeds[0]["images"]
         self._feeds = [{"images": images[at : at + 100]} for at in range(0, len(images), 100)]
         self._labels = bench.test_labels
-        self._dense = self._outputs(self.path)
+        self._dense = self._outputs(dense)
 
-    def _outputs(self, model: Path) -> list[Mapping[str, np.ndarray]]:
-        session = Session(onnxlr.load(model), threads=CONFIG.threads)
-        return [session.run(feed) for feed in self._feeds]
-
-    def _stats(self, config: onnxlr.Config) -> onnxlr.Stats:
-        """The moments for an objective; those of "fisher" hold those of "output"."""
-        config = replace(config, objective="utilized" if config.objective == "utilized" else "fisher")
-        file = self._work / f"{self.name}.{config.objective}.safetensors"
-        if not file.exists():
-            onnxlr.calibrate(self.path, self._calibration, config).save(file)
-        return onnxlr.Stats.load(file)
-
-    def compressed(self, method: str, share: float) -> Row:
-        """Compress to a share of the linear layers' parameters and measure what is left."""
-        config = METHODS[method]
-        stats = self._stats(config)
-        if method == "paper, energy":
-            target = onnxlr.Target("energy", self._energy(stats, share))
-        else:
-            target = onnxlr.Target("keep_params", 1 - (1 - share) * self._linear / self._whole)
-        file = self._work / f"{self.name}-{method.replace(', ', '-')}-{100 * share:g}.onnx"
-        config = replace(config, target=target)
-        report = onnxlr.compress(self.path, self._calibration, config, output=file, stats=stats, force=True)
-        left = 1 - (self._whole - report.after.parameters) / self._linear
-        return {"target": str(target), "linear": left, **self.judged(file)}
-
-    def judged(self, model: Path) -> Row:
+    def __call__(self, model: Path) -> Row:
         """Top-1 of the dense model and of another, in percent, and the relative error of its scores."""
         found = self._outputs(model)
         error = relative_error(compare(zip(self._feeds, self._dense, found, strict=True)))
         return {"dense": self._top1(self._dense), "top1": self._top1(found), "error": error}
 
+    def _outputs(self, model: Path) -> list[Mapping[str, np.ndarray]]:
+        session = Session(onnxlr.load(model), threads=1)
+        return [session.run(feed) for feed in self._feeds]
+
     def _top1(self, outputs: Sequence[Mapping[str, np.ndarray]]) -> float:
         guesses = np.concatenate([each["logits"].argmax(1) for each in outputs])
         return 100 * float(np.mean(guesses == self._labels))
-
-    def _energy(self, stats: onnxlr.Stats, share: float) -> float:
-        """The largest share of energy that leaves at most `share` of the linear layers' parameters."""
-        analysis = onnxlr.analyze(self.path, self._calibration, PAPER, energies=ENERGIES, stats=stats)
-        for number, energy in enumerate(ENERGIES):
-            pairs = ((w.at[number].rank * (w.d_in + w.d_out), w.d_in * w.d_out) for w in analysis.weights)
-            if sum(min(pair, dense) for pair, dense in pairs) <= share * self._linear:
-                return energy
-        raise onnxlr.OnnxlrError(f"{share:.0%} is less than the energy {ENERGIES[-1]} leaves: ask for more")
 
 
 class Results:
@@ -188,11 +134,14 @@ def main() -> None:
     methods = given.methods.split(";")
     results = Results(given.work / "compression.jsonl")
     for seed in map(int, given.seeds.split(",")):
-        subject = Subject(bench, seed)
+        dense = bench.onnx(Recipe(seed=seed))
+        subject = Subject(dense, bench.calibration, bench.work, {"threads": 1})
+        judge = Judge(dense, bench)
         for method, share in product(methods, shares):
             key = {"seed": seed, "method": method, "share": share, "stage": "one shot"}
             if not results.find(**key):
-                results.add(key | subject.compressed(method, share))
+                file, kept = subject.compressed(method, share)
+                results.add(key | kept | judge(file))
                 print(results.rows[-1], flush=True)
     print(table(results, shares, "one shot"))
     for method in methods:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from samples.fashion_vit.train import PIXEL_MEAN, augment, fit, normalised
+from samples.paper.training import RATE, SHIFT
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -82,6 +83,9 @@ def pretrain(encoder: PaperViT, images: Tensor, test: Tensor, epochs: int, state
     model = Masked(encoder).to(images.device)
 
     def loss(chosen: Tensor) -> Tensor:
-        return model.loss(augment(images[chosen]), drawn_masks(len(chosen), images.device))
+        return model.loss(augment(images[chosen], SHIFT), drawn_masks(len(chosen), images.device))
 
-    fit(model, loss, len(images), epochs, lambda: f"loss on test images {unseen_loss(model, test):.4f}", state=state)
+    def judge() -> str:
+        return f"loss on test images {unseen_loss(model, test):.4f}"
+
+    fit(model, loss, len(images), epochs, judge, rate=RATE, state=state)

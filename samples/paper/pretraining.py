@@ -1,6 +1,6 @@
 """Claim 4: self-supervised pre-training makes a model use more of its rank.
 
-    python -m samples.paper.pretraining [--seed 0] [--epochs 8]
+    python -m samples.paper.pretraining [--seed 0] [--epochs 10]
 
 The paper finds a mean layer utilization (MLU) of up to 70% for transformers that were pre-trained without labels. Here
 the transformer is pre-trained by masked image modelling (`samples/paper/masked.py`) on the 60,000 training images, then
@@ -23,8 +23,9 @@ import torch
 from samples.fashion_vit.train import top1
 from samples.paper.figures import save
 from samples.paper.masked import drawn_masks, painted, pretrain
+from samples.paper.subject import ENERGIES
 from samples.paper.training import Bench, Recipe, parser
-from samples.paper.utilization import ENERGIES, analysed, drawn
+from samples.paper.utilization import analysed, drawn
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,7 +41,7 @@ def masked_feeds(feeds: list[dict[str, np.ndarray]]) -> list[dict[str, np.ndarra
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--epochs", type=int, default=8, help="of pre-training")
+    options.add_argument("--epochs", type=int, default=10, help="of pre-training")
     options.add_argument("--figure", type=Path, default=Path(__file__).with_suffix(".svg"))
     given = options.parse_args()
 

@@ -24,6 +24,7 @@ from onnxlr.pipeline import parts_of
 from onnxlr.rewrite import rewrite
 from onnxlr.spectrum import eigen, rank_for_energy
 from samples.paper.figures import BLUE, GREY, ORANGE, panels, save
+from samples.paper.subject import ENERGIES
 from samples.paper.training import Bench, Recipe, parser
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float64]
 
-ENERGIES = (0.9, 0.99, 0.999)
 KINDS = ("query", "key", "value", "proj", "fc1", "fc2")
 
 

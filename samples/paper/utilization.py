@@ -1,6 +1,6 @@
 """Claim 2: the larger the model, the smaller the share of its rank that the same data use.
 
-    python -m samples.paper.utilization [--models 64x6,128x3,128x6,128x12,192x6] [--seeds 0]
+    python -m samples.paper.utilization [--models 64x4,96x2,96x4,96x8,192x4] [--seeds 0]
 
 The paper finds a mean layer utilization (MLU) of 35% for ViT-B/16 and of 20% for ViT-L/16. Here transformers of
 several widths and depths (WIDTHxDEPTH) are trained alike on Fashion-MNIST, and the MLU of the layers of their blocks is
@@ -17,6 +17,7 @@ import numpy as np
 import onnxlr
 from samples.fashion_vit.train import top1
 from samples.paper.figures import BLUE, GREEN, GREY, ORANGE, RED, panels, save
+from samples.paper.subject import ENERGIES, HEAD
 from samples.paper.training import Bench, Recipe, parser
 
 if TYPE_CHECKING:
@@ -24,14 +25,13 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
-ENERGIES = (0.9, 0.99, 0.999)
 SHOWN = ENERGIES.index(0.99)
 COLOURS = (GREY, BLUE, ORANGE, GREEN, RED, "#7a5fb0", "black")
 
 
 def analysed(model: Path, feeds: object) -> onnxlr.Analysis:
-    """The utilization of the layers in the blocks: heads differ from model to model, and are few."""
-    return onnxlr.analyze(model, feeds, onnxlr.Config(include=("blocks.*",), threads=1), energies=ENERGIES)
+    """The utilization of the layers in the blocks."""
+    return onnxlr.analyze(model, feeds, onnxlr.Config(exclude=HEAD, threads=1), energies=ENERGIES)
 
 
 def by_block(analysis: onnxlr.Analysis) -> list[float]:
@@ -62,7 +62,7 @@ def drawn(analyses: Mapping[str, Sequence[onnxlr.Analysis]]) -> Figure:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--models", default="64x6,128x3,128x6,128x12,192x6")
+    options.add_argument("--models", default="64x4,96x2,96x4,96x8,192x4")
     options.add_argument("--seeds", default="0")
     options.add_argument("--figure", type=Path, default=Path(__file__).with_suffix(".svg"))
     given = options.parse_args()
