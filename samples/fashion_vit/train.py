@@ -188,9 +188,8 @@ def fit(
         order = torch.randperm(samples, device=device).split(BATCH)[:steps_each]
         for step, chosen in enumerate(order, start=epoch * steps_each):
             progress = max(0.0, (step - warmup) / (steps - warmup))
-            factor = min(1.0, (step + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * progress))
             for group in optimizer.param_groups:
-                group["lr"] = rate * factor
+                group["lr"] = rate * min(1.0, (step + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * progress))
             value = loss(chosen)
             optimizer.zero_grad(set_to_none=True)
             value.backward()

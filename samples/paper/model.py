@@ -1,7 +1,7 @@
 """The vision transformer that the paper's claims are tried on: as the sample's, with fewer tokens and a better stem.
 
-16 tokens of width 128 behind three convolutions with batch normalisation, 1.3 million parameters at depth 6; three
-quarters less work than the sample's 49 tokens, and more accurate.
+16 tokens of width 96 behind four convolutions, three of them with batch normalisation: 0.5 million parameters at depth
+4, a tenth of the work of the sample's 49 tokens of width 128.
 """
 
 from __future__ import annotations
