@@ -6,7 +6,7 @@ For every linear layer `y = x W` of the trained transformer: the singular values
 `P_T` and `P_S` project on the leading eigenvectors of the second moments of `x` and of `y` that hold a share of the
 energy, and the square roots of the eigenvalues of the moments of `x`. "rank at 99%" is how many leading values hold 99%
 of the sum of squares. To show that the projections take away nothing that is used, all layers are replaced by `W'` at
-once, and the accuracy on 10,000 test images is measured.
+once, and the accuracy on 10,000 test images is measured. A minute on one core, once the model is trained.
 """
 
 from __future__ import annotations

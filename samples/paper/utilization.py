@@ -53,10 +53,12 @@ def drawn(analyses: Mapping[str, Sequence[onnxlr.Analysis]]) -> Figure:
         left.bar_label(bars, fmt="%.0f", fontsize=7)
         course = 100 * np.mean([by_block(each) for each in seeds], axis=0)
         right.plot((np.arange(len(course)) + 0.5) / len(course), course, "o-", color=colour, markersize=4)
-    left.set_xticks(range(len(ENERGIES)), [f"{100 * energy:g}% of the energy" for energy in ENERGIES])
-    left.set(ylabel="mean layer utilization, %")
+    left.set_xticks(range(len(ENERGIES)), [f"{100 * energy:g}%" for energy in ENERGIES])
+    left.set(xlabel="share of energy", ylabel="mean layer utilization, %")
     left.legend(frameon=False, fontsize=8)
-    right.set(xlabel="place in the network (first block to last)", ylabel="utilization at 99%, %", ylim=(0, None))
+    right.set(
+        xlabel="place in the network (first block to last)", ylabel="utilization at 99% of energy, %", ylim=(0, None)
+    )
     return figure
 
 
