@@ -7,8 +7,8 @@ the transformer is pre-trained by masked image modelling (`samples/paper/masked.
 trained with labels by the same recipe as the others. Compared are the MLU of the layers of the blocks of
 
     supervised              trained with labels from random weights
-    supervised, longer      the same for as many epochs as both stages of the next one together
     masked, supervised      pre-trained, then trained with labels
+    supervised, longer      trained with labels alone for as many epochs as both stages together
     masked, masked images   pre-trained only, measured on images masked as in its training
     masked, whole images    pre-trained only, measured on whole images
 """
@@ -56,8 +56,8 @@ def main() -> None:
     whole, masked = bench.calibration, masked_feeds(bench.calibration)
     recipes = {
         "supervised": usual,
-        "supervised, longer": Recipe(seed=given.seed, epochs=usual.epochs + given.epochs),
         "masked, supervised": Recipe(seed=given.seed, start=start),
+        "supervised, longer": Recipe(seed=given.seed, epochs=usual.epochs + given.epochs),
     }
     tops = {name: top1(bench.trained(recipe).to(bench.device), *bench.test) for name, recipe in recipes.items()}
     analyses = {name: [analysed(bench.onnx(recipe), whole)] for name, recipe in recipes.items()}
