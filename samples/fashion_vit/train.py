@@ -21,6 +21,7 @@ import gzip
 import math
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
@@ -28,8 +29,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 HERE = Path(__file__).parent
 PIXEL_MEAN, PIXEL_STD = 0.2860, 0.3530
+BATCH = 128
 CALIBRATION_IMAGES, TEST_IMAGES = 1024, 2000
 
 
@@ -76,12 +81,20 @@ class FashionViT(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 10)
 
-    def forward(self, images: Tensor) -> Tensor:
-        pixels = (images.float() / 255 - PIXEL_MEAN) / PIXEL_STD
-        tokens = self.stem(pixels).flatten(2).transpose(1, 2) + self.position
+    def features(self, images: Tensor) -> Tensor:
+        """The tokens [N, T, width] behind the last block, normalised."""
+        tokens = self.stem(normalised(images)).flatten(2).transpose(1, 2) + self.position
         for block in self.blocks:
             tokens = block(tokens)
-        return self.head(self.norm(tokens).mean(1))
+        return self.norm(tokens)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.features(images).mean(1))
+
+
+def normalised(images: Tensor) -> Tensor:
+    """Pixels of mean 0 and standard deviation 1."""
+    return (images.float() / 255 - PIXEL_MEAN) / PIXEL_STD
 
 
 def read_idx(file: Path) -> np.ndarray:
@@ -98,13 +111,13 @@ def load_split(folder: Path, split: str) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(images.copy()), torch.from_numpy(labels)
 
 
-def augment(images: Tensor) -> Tensor:
-    """A horizontal flip of every second image and a shift by up to two pixels, drawn for each image."""
+def augment(images: Tensor, shift: int = 2) -> Tensor:
+    """A horizontal flip of every second image and a shift by up to `shift` pixels, drawn for each image."""
     n = len(images)
-    padded = F.pad(images, (2, 2, 2, 2))
+    padded = F.pad(images, (shift,) * 4)
     span = torch.arange(28, device=images.device)
-    rows = torch.randint(0, 5, (n, 1), device=images.device) + span
-    columns = torch.randint(0, 5, (n, 1), device=images.device) + span
+    rows = torch.randint(0, 2 * shift + 1, (n, 1), device=images.device) + span
+    columns = torch.randint(0, 2 * shift + 1, (n, 1), device=images.device) + span
     flip = torch.rand(n, 1, device=images.device) < 0.5
     columns = torch.where(flip, columns.flip(1), columns)
     return padded[torch.arange(n, device=images.device)[:, None, None], 0, rows[:, :, None], columns[:, None, :]][
@@ -122,29 +135,73 @@ def top1(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return hits / len(labels)
 
 
-def train(model: nn.Module, images: Tensor, labels: Tensor, test: tuple[Tensor, Tensor], epochs: int) -> None:
-    batch = 128
-    steps = epochs * (len(images) // batch)
+def train(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    test: tuple[Tensor, Tensor],
+    epochs: int,
+    *,
+    rate: float = 1e-3,
+    shift: int = 2,
+    state: Path | None = None,
+) -> None:
+    """Fit a classifier to augmented images; `test` are images and labels that top-1 is printed for; else as `fit`."""
+
+    def loss(chosen: Tensor) -> Tensor:
+        return F.cross_entropy(model(augment(images[chosen], shift)), labels[chosen], label_smoothing=0.05)
+
+    fit(model, loss, len(images), epochs, lambda: f"top-1 {100 * top1(model, *test):.2f}%", rate=rate, state=state)
+
+
+def fit(
+    model: nn.Module,
+    loss: Callable[[Tensor], Tensor],
+    samples: int,
+    epochs: int,
+    judge: Callable[[], str],
+    *,
+    rate: float = 1e-3,
+    state: Path | None = None,
+) -> None:
+    """AdamW with warm-up to `rate` and a cosine schedule.
+
+    `loss` takes the numbers of the samples in a batch [128]; `judge` says after each epoch how good the model is. A
+    training that was cut off goes on from the file `state`, which every epoch renews: on a CPU to the same weights.
+    """
+    device = next(model.parameters()).device
+    steps_each = samples // BATCH
+    steps = epochs * steps_each
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}])
-    warmup = steps // 20
-    step, start = 0, time.monotonic()
-    for epoch in range(epochs):
+    warmup = max(1, steps // 20)
+    first, start = 0, time.monotonic()
+    if state is not None and state.exists():
+        saved = torch.load(state, map_location="cpu", weights_only=True)
+        first = saved["epoch"]
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["random"])
+    for epoch in range(first, epochs):
         model.train()
-        for chosen in torch.randperm(len(images), device=images.device).split(batch)[: len(images) // batch]:
+        order = torch.randperm(samples, device=device).split(BATCH)[:steps_each]
+        for step, chosen in enumerate(order, start=epoch * steps_each):
             progress = max(0.0, (step - warmup) / (steps - warmup))
-            rate = 1e-3 * min(1.0, (step + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * progress))
             for group in optimizer.param_groups:
-                group["lr"] = rate
-            loss = F.cross_entropy(model(augment(images[chosen])), labels[chosen], label_smoothing=0.05)
+                group["lr"] = rate * min(1.0, (step + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * progress))
+            value = loss(chosen)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            value.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            step += 1
         minutes = (time.monotonic() - start) / 60
-        print(f"epoch {epoch + 1:2d}/{epochs}  top-1 {100 * top1(model, *test):.2f}%  {minutes:.1f} min", flush=True)
+        print(f"epoch {epoch + 1:2d}/{epochs}  {judge()}  {minutes:.1f} min", flush=True)
+        if state is not None:
+            whole = {"epoch": epoch + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            partial = state.with_suffix(".writing")
+            torch.save(whole | {"random": torch.get_rng_state()}, partial)
+            partial.replace(state)
 
 
 def main() -> None:
