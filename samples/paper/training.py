@@ -91,6 +91,11 @@ class Bench:
         return [{"images": images.cpu()[chosen].numpy()}]
 
     @property
+    def images(self) -> list[dict[str, np.ndarray]]:
+        """All training images, without their labels."""
+        return [{"images": self.train[0].cpu().numpy()}]
+
+    @property
     def test_feeds(self) -> list[dict[str, np.ndarray]]:
         """All test images."""
         return [{"images": self.test[0].cpu().numpy()}]
