@@ -201,10 +201,12 @@ def _errors(source: TorchModel, converted: Converted, session: Session, toleranc
     for place, feed in enumerate(converted.feeds):
         try:
             expected = source.run(feed)
-        except ModelError as error:
+        except ModelError as refusal:
             if place == 0 or source.program is not None:
                 raise
-            raise ModelError(f"{error}; if its batch cannot vary, --fixed-batch keeps that of the example") from error
+            raise ModelError(
+                f"{refusal}; if its batch cannot vary, --fixed-batch keeps that of the example"
+            ) from refusal
         found = session.run({name: to_array(tensor) for name, tensor in feed.items()})
         for name, tensor in expected.items():
             reference = to_array(tensor)
