@@ -7,8 +7,8 @@ fine-tuning. Here transformers trained on Fashion-MNIST are compressed to shares
 layers by the methods of `samples/paper/subject.py`, and top-1 is measured on 10,000 test images.
 
 1,024 training images calibrate. For fine-tuning the dense model teaches the compressed one on the 60,000 training
-images, seen once, an eighth of them held out. No label is used before the test. The work folder keeps moments, models and
-`compression.jsonl`, one line a result, so a run that was cut off goes on; two runs may share it, for different seeds.
+images, seen once, an eighth of them held out. No label is used before the test. The work folder keeps moments, models
+and `compression.jsonl`, one line a result, so a run that was cut off goes on; two runs may share it, for other seeds.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def table(results: Results, shares: Sequence[float], stage: str) -> str:
 
 
 def least_share(results: Results, shares: Sequence[float], method: str, stage: str) -> float | None:
-    """The smallest share at which, as at all larger ones tried, at most `LOSS` points are lost in the mean over seeds."""
+    """The smallest share at which, as at all larger ones tried, at most `LOSS` points are lost: the mean over seeds."""
     least = None
     for share in sorted(shares, reverse=True):
         rows = results.find(method=method, share=share, stage=stage)
