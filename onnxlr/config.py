@@ -165,7 +165,7 @@ class Tuning:
     batch
         Samples in a step, over all processes.
     learning_rate
-        Of AdamW at its height; a step is relative to the root mean square of the weight that it moves.
+        The most that a step changes a weight by, relative to its size, at the height of the schedule.
     augment
         Shift, mirror and blend images.
     loss
@@ -178,7 +178,7 @@ class Tuning:
     train: Trained = "factors"
     epochs: int | None = None
     batch: int = 32
-    learning_rate: float = 3e-3
+    learning_rate: float = 0.01
     augment: bool = True
     loss: str | None = None
     seed: int = 0

@@ -82,8 +82,8 @@ def training(command: Callable[..., Any]) -> Callable[..., Any]:
                   help="Train the weights that compression made, or all that operators learn.")  # fmt: skip
     @click.option("--epochs", type=POSITIVE, help="Passes over the data.  [default: as many as make 2,000 steps]")
     @click.option("--tune-batch", default=32, type=POSITIVE, help="Samples in a step of training.")
-    @click.option("--learning-rate", default=3e-3, type=click.FloatRange(min=0, min_open=True),
-                  help="Of AdamW at its height, relative to a weight's root mean square.")  # fmt: skip
+    @click.option("--learning-rate", default=0.01, type=click.FloatRange(min=0, min_open=True),
+                  help="The most that a step changes a weight by, relative to its size.")  # fmt: skip
     @click.option("--no-augment", is_flag=True, help="Train on the images as they are, not shifted, mirrored, blended.")
     @click.option("--seed", default=0, type=int, help="Of the order of samples and all that is drawn.")
     @wraps(command)

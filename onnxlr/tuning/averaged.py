@@ -67,6 +67,14 @@ class Weights:
             self.load(now)
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
+    def restart(self, values: Mapping[str, Tensor]) -> None:
+        """Set parameters, masters and average."""
+        for name, value in values.items():
+            self.masters[name].copy_(value)
+            self.average[name].copy_(value)
+        self.load(values)
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
     def load(self, values: Mapping[str, Tensor]) -> None:
         """Set the parameters, but not masters that are apart from them."""
         for name, parameter in self._parameters.items():

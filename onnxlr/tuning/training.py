@@ -1,8 +1,9 @@
 """The loop: AdamW on the trained weights, warm-up and cosine, the running average watched on held-out data.
 
 Every so many steps the averaged weights are tried on the held-out samples; the best that were seen are kept, and the
-loop ends when half of its length has brought nothing better. Whatever is drawn is drawn by seed and step, so that a
-run that goes on from a checkpoint takes the very steps that an unbroken one takes.
+loop ends when half of its length has brought nothing better. Where they have become much worse, the learning rate was
+too high for this model: the run goes on from the best weights with a third of it. Whatever is drawn is drawn by seed
+and step, so that a run that goes on from a checkpoint takes the very steps that an unbroken one takes.
 """
 
 from __future__ import annotations
@@ -48,6 +49,11 @@ AVERAGED = 0.02
 LEAST_SIZE = 1e-2
 """Weights whose root mean square is smaller are moved as if it were this."""
 CLIP = 1.0
+MUCH_WORSE = 1.15
+"""The learning rate is cut where what is watched exceeds its best by this factor."""
+CUT = 1 / 3
+CUTS = 8
+"""After so many cuts the run ends."""
 """The largest norm of a gradient."""
 
 
@@ -61,6 +67,8 @@ class Run:
         Steps done.
     best, value
         The best averaged weights, and what was watched with them; None before the first look.
+    cuts
+        How often the learning rate was cut.
     history
         (step, mean training loss since the last look, relative error of the outputs, what is watched) by look.
     ended
@@ -70,13 +78,14 @@ class Run:
     step: int = 0
     best: dict[str, Tensor] | None = None
     value: float = math.inf
+    cuts: int = 0
     history: list[tuple[int, float, float, float]] = field(default_factory=list)
     ended: str = ""
 
     @property
     def stale(self) -> int:
         """Looks since the best one."""
-        values = [value for *_, value in self.history]
+        values = [value for *_, value in self.history if not math.isnan(value)]
         return len(values) - 1 - values.index(min(values)) if values else 0
 
 
@@ -110,13 +119,12 @@ class Trainer:
         """
         run = Run()
         weights = Weights(parameters, round(AVERAGED * self.steps))
-        groups = [{"params": [master], "size": _size(master)} for master in weights.masters.values()]
-        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        optimizer = _optimizer(weights)
         half = any(parameter.dtype == torch.float16 for parameter in parameters.values())
         scaler = torch.amp.GradScaler(self.processes.device.type, enabled=half)
         module = self.processes.wrap(self.student)
         if resumed is not None:
-            run = Run(resumed["step"], resumed["best"], resumed["value"], [*map(tuple, resumed["history"])])
+            run = Run(resumed["step"], resumed["best"], resumed["value"], resumed["cuts"], resumed["history"])
             _copy(weights.masters, resumed["masters"])
             _copy(weights.average, resumed["average"])
             weights.load(weights.masters)
@@ -128,8 +136,9 @@ class Trainer:
         every = max(1, self.steps // EVALUATIONS)
         total = 0.0
         while run.step < self.steps and not run.ended:
+            rate = self.tuning.learning_rate * CUT**run.cuts * schedule(run.step / self.steps)
             for group in optimizer.param_groups:
-                group["lr"] = self.tuning.learning_rate * group["size"] * schedule(run.step / self.steps)
+                group["lr"] = rate * group["size"]
             optimizer.zero_grad(set_to_none=True)
             loss = self._step(module, run.step, scaler)
             total += loss
@@ -140,16 +149,22 @@ class Trainer:
             scaler.update()
             weights.follow(run.step)
             run.step += 1
-            if not math.isfinite(total):
-                run.ended = f"diverged at step {run.step} of {self.steps}: lower the learning rate"
-            elif run.step % every == 0 or run.step == self.steps:
+            if run.step % every == 0 or run.step == self.steps or not math.isfinite(total):
                 self._look(run, weights, total / every)
                 total = 0.0
-                if run.stale >= PATIENCE:
+                assert run.best is not None
+                if not run.history[-1][-1] <= MUCH_WORSE * run.value:
+                    run.cuts += 1
+                    weights.restart(run.best)
+                    optimizer = _optimizer(weights)
+                if run.cuts == CUTS:
+                    run.ended = f"stopped at step {run.step} of {self.steps}: it diverges, lower the learning rate"
+                elif run.stale >= PATIENCE:
                     run.ended = f"stopped at step {run.step} of {self.steps}: held-out data gained nothing any more"
                 checkpoint(
                     {
-                        "step": run.step, "best": run.best, "value": run.value, "history": run.history,
+                        "step": run.step, "best": run.best, "value": run.value, "cuts": run.cuts,
+                        "history": run.history,
                         "masters": {name: master.detach() for name, master in weights.masters.items()},
                         "average": weights.average, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                     }
@@ -230,9 +245,23 @@ def schedule(progress: float) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP))
 
 
+def _optimizer(weights: Weights) -> Any:
+    groups = [{"params": [master], "size": _size(master)} for master in weights.masters.values()]
+    return torch.optim.AdamW(groups, weight_decay=0.0)
+
+
 def _size(weight: Tensor) -> float:
-    """The root mean square of a weight, which steps are relative to."""
-    return max(float(weight.detach().square().mean().sqrt()), LEAST_SIZE)
+    """How far each number of a weight may move in a step of 1, which then doubles the weight at most.
+
+    The first steps of AdamW have the size of the rate everywhere, and their signs may all agree: for a matrix [m, n]
+    that is a spectral norm of `sqrt(m n)`, where numbers of the same size at random have `sqrt(m) + sqrt(n)`. So wide
+    matrices have to move less. For biases the two are the same.
+    """
+    size = max(float(weight.detach().square().mean().sqrt()), LEAST_SIZE)
+    if weight.ndim < 2:
+        return size
+    m, n = len(weight), weight[0].numel()
+    return float(size * (m**0.5 + n**0.5) / (m * n) ** 0.5)
 
 
 def _copy(places: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
