@@ -3,9 +3,9 @@
     python -m samples.paper.training --seed 0 --width 96 --depth 4
 
 The recipe is that of `samples/fashion_vit/train.py` with twice the rate and smaller shifts, on all 60,000 training
-images. The work folder keeps
-`NAME.pt`, the trained weights, and `NAME.onnx`; while a training runs, `NAME.state` lets it go on where it was cut off.
-Every other script here takes its models from that folder and trains those that are missing.
+images. The work folder keeps `NAME.pt`, the trained weights, and `NAME.onnx`; while a training runs, `NAME.state` lets
+it go on where it was cut off. Every other script here takes its models from that folder and trains those that are
+missing. About 20 minutes on one core at depth 4.
 """
 
 from __future__ import annotations
