@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
@@ -225,6 +226,21 @@ def require_tuning(tuning: Tuning, labels: object) -> None:
     if tuning.loss is not None and labels is None:
         raise ConfigError(f"--loss {tuning.loss} needs --labels: one label for every sample of --calib")
     import onnxlr.tuning  # noqa: F401
+
+
+def require_one_process() -> None:
+    """Refuse to do in each of several processes what is to be done once.
+
+    Raises
+    ------
+    ConfigError
+        `torchrun` has started several.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "only fine-tuning is shared by several processes: compress without torchrun, then "
+            "`torchrun --no-python onnxlr finetune`"
+        )
 
 
 def tune(

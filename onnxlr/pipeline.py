@@ -21,6 +21,7 @@ from onnxlr.case import (
     quiet,
     require_held_out,
     require_loss_of_use,
+    require_one_process,
     require_same_division,
     require_same_model,
     require_tuning,
@@ -122,6 +123,7 @@ def compress(
     require_loss_of_use(config, labels)
     if tuning is not None:
         require_tuning(tuning, labels)
+        require_one_process()
     load_metric(config.metric)
     if stats is not None and config.objective == "weight":
         raise ConfigError("the objective weight uses no moments: leave --stats out, or choose another --objective")

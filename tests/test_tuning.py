@@ -434,6 +434,13 @@ def test_compress_tunes_what_it_made(compress: Any, tmp_path: Path) -> None:
     assert report["seconds"]["finetune"] > 0
 
 
+def test_compress_is_done_once(compress: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = compress("--keep-params", 0.4, "--finetune")
+    assert done.code == 2
+    assert "only fine-tuning is shared by several processes: compress without torchrun" in done.err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

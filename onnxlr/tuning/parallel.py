@@ -52,6 +52,8 @@ def processes() -> Iterator[Processes]:
     if size == 1:
         yield Processes(0, 1, device)
         return
+    if on_gpu:
+        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpu else "gloo")
     try:
         yield Processes(rank, size, device)
