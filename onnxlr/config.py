@@ -15,12 +15,14 @@ Objective = Literal["auto", "weight", "utilized", "output", "fisher"]
 Form = Literal["pair", "block", "shared", "width"]
 Allocation = Literal["global", "uniform"]
 Trained = Literal["factors", "all"]
+Augment = Literal["auto", "always", "never"]
 TargetKind = Literal["energy", "keep_params", "keep_macs", "max_latency", "max_error", "min_metric_kept"]
 
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 FORMS: tuple[Form, ...] = get_args(Form)
 ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
 TRAINED: tuple[Trained, ...] = get_args(Trained)
+AUGMENT: tuple[Augment, ...] = get_args(Augment)
 TARGETS: tuple[TargetKind, ...] = get_args(TargetKind)
 BUDGETS: frozenset[TargetKind] = frozenset({"keep_params", "keep_macs", "max_latency"})
 """Targets that are a share of what the dense model costs, and allocated; others hold for each weight or are sought."""
@@ -167,7 +169,7 @@ class Tuning:
     learning_rate
         The most that a step changes a weight by, relative to its size, at the height of the schedule.
     augment
-        Shift, mirror and blend images.
+        Shift, mirror and blend images: "auto" does so where each is seen more than 100 times.
     loss
         "cross-entropy" or "module:function", as `Config.loss`: added to the distance from the dense model, where labels
         are given. When None it is cross-entropy for the metric top1, and for another metric labels are not trained on.
@@ -179,13 +181,15 @@ class Tuning:
     epochs: int | None = None
     batch: int = 32
     learning_rate: float = 0.01
-    augment: bool = True
+    augment: Augment = "auto"
     loss: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.train not in TRAINED:
             raise ConfigError(f"unknown weights to train {self.train!r}: choose one of {', '.join(TRAINED)}")
+        if self.augment not in AUGMENT:
+            raise ConfigError(f"unknown augment {self.augment!r}: choose one of {', '.join(AUGMENT)}")
         if self.epochs is not None and self.epochs < 1:
             raise ConfigError(f"epochs must be at least 1, not {self.epochs}")
         if self.batch < 1:

@@ -77,6 +77,23 @@ def test_a_setting_out_of_range_is_refused(setting: dict[str, Any], message: str
     assert refused.value.exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"train": "biases"}, "unknown weights to train 'biases': choose one of factors, all"),
+        ({"augment": "twice"}, "unknown augment 'twice': choose one of auto, always, never"),
+        ({"epochs": 0}, "epochs must be at least 1, not 0"),
+        ({"batch": 0}, "batch must be at least 1, not 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0 and finite, not 0.0"),
+        ({"learning_rate": math.inf}, "learning_rate must be above 0 and finite, not inf"),
+    ],
+)
+def test_tuning_out_of_range_is_refused(setting: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        Tuning(**setting)
+    assert str(refused.value) == message
+
+
 def test_the_ends_of_every_range_are_allowed() -> None:
     config = Config(rank_multiple=1, batch=1, holdout_every=2, margin=1, ranks={"*": 1}, rounds=0, forms=frozenset())
     assert (config.rank_multiple, config.batch, config.holdout_every, config.margin) == (1, 1, 2, 1)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxlr.config import TRAINED, Tuning
+from onnxlr.config import AUGMENT, TRAINED, Tuning
 from onnxlr.data import ImageOptions
 
 if TYPE_CHECKING:
@@ -84,14 +84,15 @@ def training(command: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--tune-batch", default=32, type=POSITIVE, help="Samples in a step of training.")
     @click.option("--learning-rate", default=0.01, type=click.FloatRange(min=0, min_open=True),
                   help="The most that a step changes a weight by, relative to its size.")  # fmt: skip
-    @click.option("--no-augment", is_flag=True, help="Train on the images as they are, not shifted, mirrored, blended.")
+    @click.option("--augment", default="auto", type=click.Choice(AUGMENT),
+                  help="Shift, mirror and blend images; auto: where each is seen more than 100 times.")  # fmt: skip
     @click.option("--seed", default=0, type=int, help="Of the order of samples and all that is drawn.")
     @wraps(command)
     def wrapped(
-        *args: Any, train: Any, epochs: int | None, tune_batch: int, learning_rate: float, no_augment: bool, seed: int,
+        *args: Any, train: Any, epochs: int | None, tune_batch: int, learning_rate: float, augment: Any, seed: int,
         **kwargs: Any,
     ) -> Any:  # fmt: skip
-        tuning = Tuning(train, epochs, tune_batch, learning_rate, not no_augment, seed=seed)
+        tuning = Tuning(train, epochs, tune_batch, learning_rate, augment, seed=seed)
         return command(*args, tuning=tuning, **kwargs)
 
     return wrapped

@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 LEAST_STEPS = 2000
 """Steps that a run of unspecified length takes at least, and no fewer than `LEAST_EPOCHS` epochs."""
 LEAST_EPOCHS = 3
+MANY = 100
+"""Epochs above which images are augmented: fewer passes fit them too little to need it."""
 WATCHED = 512
 """Held-out samples that are watched during training; the result is validated on all."""
 MEASURED = 128
@@ -125,7 +127,7 @@ def recover(
         trainer = Trainer(
             graphs[0], graphs[1], lesson, stream, _watched(held_out, inputs, tuning.batch, labels if task else None),
             labels if task else None, tuning, config.mask, epochs * stream.steps,
-            tuning.augment and takes_images(inputs), own,
+            takes_images(inputs) and (tuning.augment == "always" or (tuning.augment == "auto" and epochs > MANY)), own,
         )  # fmt: skip
         identity = run_identity(student, teacher, tuning, samples=stream.samples, mask=config.mask)
         resumed = None if checkpoint is None else load_checkpoint(checkpoint, identity)

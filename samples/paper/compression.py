@@ -6,8 +6,8 @@ The paper cuts the parameters of ViT-B/16 to 50% and those of ViT-L/16 to 25% an
 fine-tuning. Here transformers trained on Fashion-MNIST are compressed to shares of the parameters of their linear
 layers by the methods of `samples/paper/subject.py`, and top-1 is measured on 10,000 test images.
 
-1,024 training images calibrate. For fine-tuning the dense model teaches the compressed one on the 60,000 training
-images, seen once, an eighth of them held out. No label is used before the test. The work folder keeps moments, models
+1,024 training images calibrate. For fine-tuning the dense model teaches the compressed one on every second training
+image, seen once, an eighth of them held out. No label is used before the test. The work folder keeps moments, models
 and `compression.jsonl`, one line a result, so a run that was cut off goes on; two runs may share it, for other seeds.
 """
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 SETTINGS = onnxlr.Config(threads=1, batch=64)
 STAGES = ("one shot", "tuned")
-TUNING = onnxlr.Tuning(epochs=1, augment=False)
+TUNING = onnxlr.Tuning(epochs=1, augment="never")
 COLOURS = {"paper, energy": GREY, "paper, uniform": ORANGE, "output": BLUE, "fisher": GREEN}
 LOSS = 0.2
 """Points of top-1 that may be lost."""
@@ -158,7 +158,7 @@ def main() -> None:
                 print(results.rows[-1], flush=True)
             if "tuned" in todo:
                 better, start = file.with_stem(f"{file.stem}-tuned"), time.perf_counter()
-                onnxlr.finetune(file, dense, bench.images, TUNING, SETTINGS, output=better, force=True)
+                onnxlr.finetune(file, dense, bench.lessons, TUNING, SETTINGS, output=better, force=True)
                 seconds = {"seconds": time.perf_counter() - start}
                 results.add(key | {"stage": "tuned"} | kept | judge(better) | seconds)
                 print(results.rows[-1], flush=True)

@@ -91,9 +91,9 @@ class Bench:
         return [{"images": images.cpu()[chosen].numpy()}]
 
     @property
-    def images(self) -> list[dict[str, np.ndarray]]:
-        """All training images, without their labels."""
-        return [{"images": self.train[0].cpu().numpy()}]
+    def lessons(self) -> list[dict[str, np.ndarray]]:
+        """Every second training image, without its label."""
+        return [{"images": self.train[0][::2].cpu().numpy()}]
 
     @property
     def test_feeds(self) -> list[dict[str, np.ndarray]]:
