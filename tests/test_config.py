@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from onnxlr.config import Config, Target, Tuning
+from onnxlr.config import TARGETS, Config, Target, Tuning
 from onnxlr.errors import ConfigError
 
 
