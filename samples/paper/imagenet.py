@@ -48,6 +48,7 @@ def main() -> None:
     options.add_argument("--images", type=Path, required=True, help="the folder of train/ and val/")
     options.add_argument("--calibration-images", type=int, default=1024)
     options.add_argument("--tuning-images", type=int, default=100000)
+    options.add_argument("--epochs", type=int, help="of fine-tuning")
     options.add_argument("--test-images", type=int, default=50000)
     options.add_argument("--shares", default="0.5,0.25")
     options.add_argument("--methods", default="paper, energy;fisher", help=f"of {'; '.join(METHODS)}")
@@ -67,14 +68,14 @@ def main() -> None:
     subject = Subject(file, calibration, given.work, settings)
     for energy, mlu in subject.mlu().items():
         print(f"mean layer utilization at {100 * energy:g}%: {mlu:.1%}", flush=True)
-    config = onnxlr.Config(**settings)
+    config, tuning = onnxlr.Config(**settings), onnxlr.Tuning(epochs=given.epochs)
     print("| method | share of linear parameters | dense top-1 | one shot | tuned |")
     print("|---|---|---|---|---|")
     for method in given.methods.split(";"):
         for share in map(float, given.shares.split(",")):
             smaller, kept = subject.compressed(method, share)
             better = smaller.with_stem(f"{smaller.stem}-tuned")
-            onnxlr.finetune(smaller, file, lessons, config=config, output=better, force=True)
+            onnxlr.finetune(smaller, file, lessons, tuning, config, output=better, force=True)
             found = [onnxlr.validate(file, each, test, labels=labels, **settings) for each in (smaller, better)]
             tops = (found[0].metric_a, found[0].metric_b, found[1].metric_b)
             shown = " | ".join("-" if top is None else f"{100 * top:.2f}%" for top in tops)
