@@ -11,6 +11,9 @@ trained with labels by the same recipe as the others. Compared are the MLU of th
     supervised, longer      (--control) trained with labels alone for as many epochs as both stages together
     masked, masked images   pre-trained only, measured on images masked as in its training
     masked, whole images    pre-trained only, measured on whole images
+
+Found at 99% of the energy, after 6 epochs of pre-training: 19% supervised, 26% masked on masked images and 24% on whole
+ones. Pre-training takes some 12 minutes on one core, each training with labels some 20.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ For every linear layer `y = x W` of the trained transformer: the singular values
 energy, and the square roots of the eigenvalues of the moments of `x`. "rank at 99%" is how many leading values hold 99%
 of the sum of squares. To show that the projections take away nothing that is used, all layers are replaced by `W'` at
 once, and the accuracy on 10,000 test images is measured. A minute on one core, once the model is trained.
+
+Found at 99% of the energy: 79% of the full rank for W, 22% for W'; the same top-1 with all layers projected, 91.49%.
 """
 
 from __future__ import annotations
