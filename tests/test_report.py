@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +16,14 @@ from onnxlr.config import Config
 from onnxlr.demo import Demo, DemoRow
 from onnxlr.errors import OutputError
 from onnxlr.metrics import OutputParity
-from onnxlr.report import FORMAT, ModelFigures, RefusalReport, Report, WeightReport
+from onnxlr.report import FORMAT, ModelFigures, Recovery, RefusalReport, Report, WeightReport
 from onnxlr.report.terminal import (
     count,
     megabytes,
     milliseconds,
     number,
     percent,
+    render_recovery,
     render_report,
     render_rows,
     render_validation,
@@ -83,6 +85,7 @@ def report(**changes: Any) -> Report:
         predicted_error=0.0287,
         validation=VALIDATION,
         latency_ratio=0.8125,
+        recovery=None,
         weights=(CUT, KEPT),
         refusals=(RefusalReport("/conv", "Conv", "convolutions are not supported yet", 1000, None),),
         warnings=("blocks.0.fc1.weight: 300 calibration rows for 384 dimensions",),
@@ -320,3 +323,17 @@ def test_percent(part: float | None, whole: float | None, text: str) -> None:
 def test_a_missing_figure_is_a_dash() -> None:
     assert (number(None), number(0.123456), number(0.5, ".4f")) == ("-", "0.1235", "0.5000")
     assert (milliseconds(None), milliseconds(1.234)) == ("not measured", "1.23 ms")
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_fine_tuning_is_told_as_it_went(kept: bool) -> None:
+    recovery = Recovery(
+        kept=kept, ended="all 60 steps", steps=60, steps_planned=60, samples=896, held_out=128, trained=5100,
+        inner=("h",), error_before=0.15, error_after=0.0625, metric_before=0.8, metric_after=0.875, metric_dense=0.9,
+        history=((0, float("nan"), 0.15), (60, 0.01, 0.0625)), processes=2, seconds=12.0,
+    )  # fmt: skip
+    text = shown(render_recovery(recovery, verbose=True))
+    assert "fine-tuning of 5.1k numbers on 896 samples, 12 s in 2 processes: held-out error 0.15 -> 0.0625" in text
+    assert "metric 0.8000 -> 0.8750 (dense 0.9000); all 60 steps" in text
+    assert ("no better on the 128 held-out samples" in text) is not kept
+    assert re.search(r"^60 +0.01 +0.0625", text, re.MULTILINE)
