@@ -9,6 +9,10 @@ layers by the methods of `samples/paper/subject.py`, and top-1 is measured on 10
 1,024 training images calibrate. For fine-tuning the dense model teaches the compressed one on every second training
 image, seen once, an eighth of them held out. No label is used before the test. The work folder keeps moments, models
 and `compression.jsonl`, one line a result, so a run that was cut off goes on; two runs may share it, for other seeds.
+
+Found, mean of three seeds, dense 91.68: within 0.2 points one shot down to 25% by the paper's rule, 12% by output, 10%
+by fisher; tuned by 8% of fisher with nothing lost (91.68, one shot 91.32). A compression takes seconds, fine-tuning at
+8% two to three minutes on a busy core; all of it some hours, with the models' training.
 """
 
 from __future__ import annotations
@@ -117,6 +121,8 @@ def drawn(results: Results, shares: Sequence[float], stages: Sequence[str]) -> F
     figure, ((axis,),) = panels(1, 1, (6, 3.6))
     for method, (stage, style) in product(METHODS, zip(stages, ("o-", "o--"), strict=False)):
         known = [(share, rows) for share in shares if (rows := results.find(method=method, share=share, stage=stage))]
+        if not known:
+            continue
         places = [100 * share for share, _ in known]
         tops = [np.mean([row["top1"] for row in rows]) for _, rows in known]
         axis.plot(places, tops, style, color=COLOURS[method], markersize=4, label=f"{method}, {stage}")
