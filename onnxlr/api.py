@@ -186,6 +186,8 @@ def finetune(
         return None
     if path is not None:
         save(tuned, path, force=force, check=passes_check(student))
+    if checkpoint is not None:
+        Path(checkpoint).unlink(missing_ok=True)
     return recovery
 
 

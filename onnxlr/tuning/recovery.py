@@ -86,7 +86,7 @@ def recover(
     labels
         One a sample of the whole data, for the metric and the loss.
     checkpoint
-        Where the state is kept while it runs, and gone on from if there is one; removed at the end.
+        Where the state is kept while it runs, and gone on from if there is one; it stays.
     progress
         Called with (steps done since the last call, steps in all, a note).
 
@@ -142,8 +142,6 @@ def recover(
         for model in (student, tuned)
     )  # fmt: skip
     better = _better(before, after, by_metric=task is not None)
-    if checkpoint is not None and own.rank == 0:
-        checkpoint.unlink(missing_ok=True)
     assert run.best is not None
     return tuned if better else student, Recovery(
         kept=better,
