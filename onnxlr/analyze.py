@@ -73,12 +73,13 @@ def analyze(
     stats = require_same_model(stats, case.model) if stats else gather(case, config, progress)
     rows = []
     for weight in case.weights:
-        matrix = case.inventory.matrix(weight)
-        moments = weight_moments(stats, case.inventory, weight, "utilized")
-        inputs = eigen(moments.second)
-        outputs = output_spectrum(matrix, inputs)
-        at = tuple(utilization(matrix, inputs, outputs, energy) for energy in energies)
-        rows.append(WeightAnalysis(weight.name, weight.labels, weight.d_in, weight.d_out, moments.count, at))
+        matrices = case.inventory.matrix(weight).reshape(-1, weight.d_in, weight.d_out)
+        for group, moments in enumerate(weight_moments(stats, case.inventory, weight, "utilized")):
+            inputs = eigen(moments.second)
+            outputs = output_spectrum(matrices[group], inputs)
+            at = tuple(utilization(matrices[group], inputs, outputs, energy) for energy in energies)
+            name = weight.name if weight.groups == 1 else f"{weight.name}[{group}]"
+            rows.append(WeightAnalysis(name, weight.labels, weight.d_in, weight.d_out, moments.count, at))
         progress("analyze", 1, len(case.weights))
     mlu = {e: float(np.mean([row.at[i].utilization for row in rows])) for i, e in enumerate(energies)} if rows else {}
     return Analysis(tuple(rows), mlu)

@@ -18,8 +18,8 @@ import onnx
 from onnxlr.data import batches, sample_count
 from onnxlr.errors import DataError, StatsError
 from onnxlr.gram import Moments, Stats
-from onnxlr.metrics import token_rows
 from onnxlr.model_io import from_proto
+from onnxlr.rows import Rows
 from onnxlr.session import Session
 
 if TYPE_CHECKING:
@@ -32,31 +32,31 @@ if TYPE_CHECKING:
     from onnxlr.model_io import Model
     from onnxlr.sites import Inventory, Site, Weight
 
-Probe = tuple[str, int]
-"""A tensor and the axis (-1 or -2) along which its features lie."""
+Probe = tuple[str, Rows]
+"""A tensor and how a layer's rows lie in it."""
 INSTEAD = ": use --objective output"
 """Ends messages of why there are no gradients."""
 
 
 def probe_key(probe: Probe) -> str:
     """The name of a probe's moments in a `Stats`."""
-    tensor, axis = probe
-    return tensor if axis == -1 else f"{tensor}:rows"
+    tensor, rows = probe
+    return tensor + rows.key
 
 
-def site_probe(weight: Weight, site: Site, objective: Objective) -> Probe | None:
-    """What has to be observed at a site for an objective; None where the objective needs no data."""
+def site_probes(weight: Weight, site: Site, objective: Objective) -> list[Probe]:
+    """What has to be observed at a site for an objective, one a group; nothing where the objective needs no data."""
     if objective == "weight":
-        return None
+        return []
     if objective != "utilized" and weight.observes_output:
-        return site.output, site.output_axis
-    return site.input, site.input_axis
+        return [(site.output, rows) for rows in site.output_rows]
+    return [(site.input, rows) for rows in site.input_rows]
 
 
 def probes(weights: Iterable[Weight], objective: Objective) -> list[Probe]:
     """All distinct tensors to observe for `weights`."""
-    wanted = [site_probe(weight, site, objective) for weight in weights for site in weight.sites]
-    return list(dict.fromkeys(probe for probe in wanted if probe is not None))
+    sites = ((weight, site) for weight in weights for site in weight.sites)
+    return list(dict.fromkeys(probe for weight, site in sites for probe in site_probes(weight, site, objective)))
 
 
 def with_outputs(model: Model, tensors: Sequence[str]) -> Model:
@@ -66,15 +66,6 @@ def with_outputs(model: Model, tensors: Sequence[str]) -> Model:
     known = {value.name for value in (*proto.graph.input, *proto.graph.output)}
     proto.graph.output.extend(onnx.ValueInfoProto(name=tensor) for tensor in tensors if tensor not in known)
     return from_proto(proto, model.folder)
-
-
-def rows_of(array: NDArray[Any], axis: int, mask: NDArray[Any] | None) -> NDArray[Any]:
-    """The rows [n, d] of a tensor whose features lie on `axis`; padded tokens left out where a mask [N, S] is given."""
-    if array.ndim > 1:
-        array = np.moveaxis(array, axis, -1)
-    rows = array.reshape(-1, array.shape[-1])
-    real = None if mask is None else token_rows(mask, array.shape)
-    return rows if real is None else rows[real]
 
 
 def mask_of(feed: Feed, mask: str | None) -> NDArray[Any] | None:
@@ -134,7 +125,7 @@ def accumulate(
         activations = {**feed, **session.run(feed, fetched)} if fetched else feed
         mask = mask_of(feed, config.mask)
         for probe in wanted:
-            rows = rows_of(activations[probe[0]], probe[1], mask)
+            rows = probe[1].of(activations[probe[0]], mask)
             with np.errstate(invalid="ignore", over="ignore"):
                 moments = Moments.of(rows)
             if not np.isfinite(moments.gram).all():
@@ -165,18 +156,25 @@ def _hashed(samples: Iterable[Sample], digest: Any) -> Iterator[Sample]:
         yield sample
 
 
-def gradient_key(output: str) -> str:
-    """The name, in a `Stats`, of the gradient moments at a site's output."""
-    return f"{output}:gradient"
+GRADIENT = ":gradient"
+
+
+def gradient_keys(site: Site) -> list[str]:
+    """The names, in a `Stats`, of the gradient moments at a site's output, one a group; none where it is not seen."""
+    if site.groups == 1:
+        return [site.output + GRADIENT for _ in site.output_rows]
+    return [probe_key((site.output, rows)) + GRADIENT for rows in site.output_rows]
 
 
 def has_gradients(stats: Stats) -> bool:
     """Whether there are gradient moments of any site."""
-    return any(key.endswith(":gradient") for key in stats.moments)
+    return any(key.endswith(GRADIENT) for key in stats.moments)
 
 
-def weight_gradients(stats: Stats, weight: Weight) -> Moments | None:
-    """The gradient moments of one weight: those of all its sites added up; None where no gradient reached one.
+def weight_gradients(stats: Stats, weight: Weight) -> list[Moments] | None:
+    """The gradient moments of one weight, of each group: those of all its sites added up.
+
+    None where no gradient reached one of them.
 
     Raises
     ------
@@ -185,18 +183,18 @@ def weight_gradients(stats: Stats, weight: Weight) -> Moments | None:
     """
     if not has_gradients(stats):
         raise StatsError("these moments hold no gradients: gather them with `onnxlr calibrate --objective fisher`")
-    parts = [stats.moments[key] for site in weight.sites if (key := gradient_key(site.output)) in stats.moments]
-    if len(parts) < len(weight.sites):
+    keys = [gradient_keys(site) for site in weight.sites]
+    if any(len(own) < weight.groups or not stats.moments.keys() >= set(own) for own in keys):
         return None
-    return reduce(add, parts)
+    return [reduce(add, (stats.moments[key] for key in own)) for own in zip(*keys, strict=True)]
 
 
 def _bytes_of(array: NDArray[Any]) -> bytes:
     return "\0".join(map(str, array.ravel())).encode() if array.dtype.kind in "OUS" else array.tobytes()
 
 
-def weight_moments(stats: Stats, inventory: Inventory, weight: Weight, objective: Objective) -> Moments:
-    """The moments of one weight: those of all its sites added up.
+def weight_moments(stats: Stats, inventory: Inventory, weight: Weight, objective: Objective) -> list[Moments]:
+    """The moments of one weight, of each group: those of all its sites added up.
 
     Where the output is observed, a bias that the operator itself adds is taken off, so that they are those of `x W`.
 
@@ -205,18 +203,19 @@ def weight_moments(stats: Stats, inventory: Inventory, weight: Weight, objective
     StatsError
         `stats` lacks them.
     """
-    parts = []
+    by_site = []
     for site in weight.sites:
-        probe = site_probe(weight, site, objective)
-        assert probe is not None
-        key = probe_key(probe)
-        if key not in stats.moments:
-            raise StatsError(
-                f"the moments lack tensor {key!r}, which objective {objective!r} needs at {site.name!r}: "
-                f"gather them with `onnxlr calibrate --objective {objective}`"
-            )
-        moments, bias = stats.moments[key], inventory.own_bias(site)
-        if probe[0] == site.output and bias is not None:
-            moments = moments.shifted(-bias)
-        parts.append(moments)
-    return reduce(add, parts)
+        found = []
+        for group, probe in enumerate(site_probes(weight, site, objective)):
+            key = probe_key(probe)
+            if key not in stats.moments:
+                raise StatsError(
+                    f"the moments lack tensor {key!r}, which objective {objective!r} needs at {site.name!r}: "
+                    f"gather them with `onnxlr calibrate --objective {objective}`"
+                )
+            moments, bias = stats.moments[key], inventory.own_bias(site)
+            if probe[0] == site.output and bias is not None:
+                moments = moments.shifted(-bias[group * site.d_out : (group + 1) * site.d_out])
+            found.append(moments)
+        by_site.append(found)
+    return [reduce(add, own) for own in zip(*by_site, strict=True)]

@@ -50,7 +50,7 @@ class Parameters:
 
     def form(self, weight: Weight, products: Products, *, moved: int, corrected: bool) -> float:
         biases = weight.d_out * new_biases(self._inventory, weight) if corrected else 0
-        return copies(weight) * sum(d * e for d, e in products) + biases
+        return weight.groups * (copies(weight) * sum(d * e for d, e in products) + biases)
 
 
 class Macs:
@@ -65,8 +65,7 @@ class Macs:
         return weight.macs or 0
 
     def form(self, weight: Weight, products: Products, *, moved: int, corrected: bool) -> float:
-        rows = (weight.macs or 0) / (weight.d_in * weight.d_out)
-        return rows * sum(d * e for d, e in products)
+        return weight.macs_of(products)
 
 
 class Latency:
@@ -77,7 +76,7 @@ class Latency:
     inventory
         The model. Weights whose rows are unknown cost nothing, in whatever form: they stay dense.
     timings
-        Times of products.
+        Times of products; a convolution counts as the product that it is.
     batch
         Samples in a run.
     whole
@@ -92,20 +91,23 @@ class Latency:
         timings.measure(
             (rows, d, e)
             for weight in inventory.weights
-            if (rows := self._rows(weight))
+            for rows in dict.fromkeys(self._rows(weight))
+            if rows
             for d in {*range(SIZES, weight.d_in, SIZES), weight.d_in}
             for e in {*range(SIZES, weight.d_out, SIZES), weight.d_out}
         )
 
-    def _rows(self, weight: Weight) -> int:
-        return self._batch * (weight.macs or 0) // (weight.d_in * weight.d_out)
+    def _rows(self, weight: Weight) -> tuple[int, int]:
+        first, second = weight.rows
+        return round(self._batch * first), round(self._batch * second)
 
     def dense(self, weight: Weight) -> float:
         return self.form(weight, ((weight.d_in, weight.d_out),), moved=0, corrected=False)
 
     def form(self, weight: Weight, products: Products, *, moved: int, corrected: bool) -> float:
         rows = self._rows(weight)
-        if not rows:
+        if not any(rows):
             return 0.0
-        time = sum(self._timings.product(rows, d, e) for d, e in products)
-        return time + (self._timings.moved(rows, moved) if moved else 0.0)
+        counts = rows if len(products) == len(rows) else rows[:1] * len(products)
+        time = sum(self._timings.product(n, d, e) for n, (d, e) in zip(counts, products, strict=True) if n)
+        return weight.groups * time + (self._timings.moved(rows[0], moved) if moved else 0.0)

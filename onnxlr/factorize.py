@@ -56,7 +56,10 @@ RIDGE = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """`x W + b ~ (x first) second + b + bias`; first [d_in, r], second [r, d_out], bias [d_out] or None, float64."""
+    """`x W + b ~ (x first) second + b + bias`; first [d_in, r], second [r, d_out], bias [d_out] or None, float64.
+
+    Of several weights side by side they are [groups, d_in, r], [groups, r, d_out] and [groups * d_out].
+    """
 
     first: Matrix
     second: Matrix
@@ -65,7 +68,7 @@ class Factors:
     @property
     def rank(self) -> int:
         """The number of columns of `first`."""
-        return int(self.first.shape[1])
+        return int(self.first.shape[-1])
 
 
 class Decomposition(Protocol):
@@ -222,6 +225,42 @@ class WeighedDecomposition:
 
     def cut_by_energy(self, energy: float, rank: int) -> tuple[Factors, float]:
         return self.cut(rank), self.damage(rank)
+
+
+class GroupedDecomposition:
+    """Decompositions of several weights [d_in, d_out], all cut at one rank; damages add up."""
+
+    def __init__(self, members: Sequence[Decomposition]) -> None:
+        self._members = members
+
+    @property
+    def total(self) -> float:
+        return sum(member.total for member in self._members)
+
+    def damage(self, rank: int) -> float:
+        return sum(member.damage(rank) for member in self._members)
+
+    def rank_for(self, energy: float) -> int:
+        return max(member.rank_for(energy) for member in self._members)
+
+    def cut(self, rank: int) -> Factors:
+        return _side_by_side([member.cut(rank) for member in self._members])
+
+    def unbalanced(self, rank: int) -> Factors:
+        return _side_by_side([member.unbalanced(rank) for member in self._members])
+
+    def cut_by_energy(self, energy: float, rank: int) -> tuple[Factors, float]:
+        cuts = [member.cut_by_energy(energy, rank) for member in self._members]
+        return _side_by_side([factors for factors, _ in cuts]), sum(damage for _, damage in cuts)
+
+
+def _side_by_side(cuts: Sequence[Factors]) -> Factors:
+    """One array of every kind; ranks that fall short of the largest are filled up with zeros."""
+    rank = max(factors.rank for factors in cuts)
+    first = [np.pad(factors.first, ((0, 0), (0, rank - factors.rank))) for factors in cuts]
+    second = [np.pad(factors.second, ((0, rank - factors.rank), (0, 0))) for factors in cuts]
+    biases = [factors.bias for factors in cuts if factors.bias is not None]
+    return Factors(np.stack(first), np.stack(second), np.concatenate(biases) if biases else None)
 
 
 class Gain:

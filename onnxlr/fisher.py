@@ -21,7 +21,7 @@ from onnxlr.torch_graph import check_parity, to_tensor, to_torch
 import numpy as np
 import torch
 
-from onnxlr.calibrate import INSTEAD, gradient_key, mask_of
+from onnxlr.calibrate import INSTEAD, gradient_keys, mask_of
 from onnxlr.data import batches, sample_count
 from onnxlr.errors import ModelError
 from onnxlr.gram import Moments
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from onnxlr.config import Config
     from onnxlr.data import Sample, TensorSpec
     from onnxlr.model_io import Model
+    from onnxlr.rows import Rows
     from onnxlr.sites import Inventory
 
 
@@ -49,7 +50,7 @@ def gradient_moments(
     labels: NDArray[Any] | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Moments]:
-    """Gradient moments [d_out, d_out] at every site of `inventory`, by `gradient_key`.
+    """Gradient moments [d_out, d_out] at every site of `inventory` whose output is seen, by `gradient_keys`.
 
     With `config.loss` they are those of the loss on `labels`, one a sample.
 
@@ -72,7 +73,7 @@ def gradient_moments(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
     graph = to_torch(model).to(device)
-    sites = {site.output: site.output_axis for weight in inventory.weights for site in weight.sites}
+    sites = {site.output: site for weight in inventory.weights for site in weight.sites if site.output_rows}
     probed = scores_of(model, graph.outputs)
     generator = torch.Generator().manual_seed(0)
     sums: dict[str, Moments] = {}
@@ -101,11 +102,11 @@ def gradient_moments(
         for name, gradient in zip(reached, gradients, strict=True):
             if gradient is None:
                 continue
-            moments = _moments(gradient, sites[name], mask)
-            if not np.isfinite(moments.gram).all():
-                raise ModelError(f"the gradient at {name!r} is not finite{INSTEAD}")
-            key = gradient_key(name)
-            sums[key] = sums[key] + moments if key in sums else moments
+            for key, rows in zip(gradient_keys(sites[name]), sites[name].output_rows, strict=True):
+                moments = _moments(gradient, rows, mask)
+                if not np.isfinite(moments.gram).all():
+                    raise ModelError(f"the gradient at {name!r} is not finite{INSTEAD}")
+                sums[key] = sums[key] + moments if key in sums else moments
         progress(sample_count(feed, inputs))
         first += sample_count(feed, inputs)
     if first and sites and not sums:
@@ -113,12 +114,12 @@ def gradient_moments(
     return sums
 
 
-def _moments(gradient: Any, axis: int, mask: NDArray[Any] | None) -> Moments:
+def _moments(gradient: Any, place: Rows, mask: NDArray[Any] | None) -> Moments:
     """The moments of one batch, on the device where it is; probes are noisier by far than float32."""
-    if gradient.ndim > 1:
-        gradient = gradient.movedim(axis, -1)
-    rows = gradient.reshape(-1, gradient.shape[-1]).float()
-    real = None if mask is None else token_rows(mask, tuple(gradient.shape))
+    gradient = gradient[place.chunk(tuple(gradient.shape))].float()
+    gradient = gradient.permute(place.order(gradient.ndim))
+    rows = gradient.reshape(place.shape(tuple(gradient.shape)))
+    real = None if mask is None else token_rows(mask, (*gradient.shape[: -len(place.axes)], rows.shape[1]))
     if real is not None:
         rows = rows[torch.from_numpy(real.copy()).to(rows.device)]
     total, gram = (array.double().cpu().numpy() for array in (rows.sum(0), rows.T @ rows))

@@ -57,12 +57,13 @@ class Stored:
     Attributes
     ----------
     first
-        `A [d_in, r]`; for a block on the input side its rows outside the window, `[d_in - r, r]`; None for dense.
+        `A [d_in, r]`, or [groups, d_in, r] of a weight with groups; for a block on the input side its rows outside the
+        window, `[d_in - r, r]`; None for dense.
     second
-        `B [r, d_out]`; for a block on the output side its columns outside the window, `[r, d_out - r]`; for dense the
-        weight.
+        `B [r, d_out]`, or [groups, r, d_out]; for a block on the output side its columns outside the window,
+        `[r, d_out - r]`; for dense the weight.
     bias
-        What is added to the bias [d_out], or None.
+        What is added to the bias [groups * d_out], or None.
     window
         Of a block.
     shared
@@ -87,7 +88,7 @@ class Stored:
     @property
     def rank(self) -> int | None:
         """The width of `h`; None for dense."""
-        return None if self.first is None else int(self.first.shape[1])
+        return None if self.first is None else int(self.first.shape[-1])
 
     @property
     def split(self) -> tuple[int, int]:
@@ -97,9 +98,10 @@ class Stored:
         return self.first.shape[1], self.first.shape[0] if self.window.side == "input" else self.second.shape[1]
 
     @property
-    def elements(self) -> int:
-        """Numbers in the two matrices."""
-        return self.second.size + (0 if self.first is None else self.first.size)
+    def products(self) -> Products:
+        """The shapes of its matrices, of one group where there are groups."""
+        matrices = (self.second,) if self.first is None else (self.first, self.second)
+        return tuple((matrix.shape[-2], matrix.shape[-1]) for matrix in matrices)
 
     def factors(self, d_in: int, d_out: int) -> Factors:
         """The same map from and to all features of the dense layer [d_in], [d_out], as two factors.
@@ -107,7 +109,7 @@ class Stored:
         Features that were dropped are not read, and are given out as 0.
         """
         if self.first is None:
-            first, second = np.eye(len(self.second)), self.second
+            first, second = np.eye(self.second.shape[-2]), self.second
         else:
             first, second = self.first, self.second
         window = self.window

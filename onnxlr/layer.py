@@ -2,6 +2,7 @@
 
 A `Layer` can be decomposed as it is, or first narrowed to some of its inputs or outputs, or stacked side by side with
 others that read the same tensor: `[W_1 W_2 ...] [d_in, d_1 + d_2 + ...]`, so that one first factor serves them all.
+Several of one size, each with data of its own, are cut at one rank as the groups of one (`grouped`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 
 from onnxlr.factorize import (
     Gain,
+    GroupedDecomposition,
     OutputDecomposition,
     UtilizedDecomposition,
     WeighedDecomposition,
@@ -38,7 +40,7 @@ class Layer:
     Attributes
     ----------
     matrix
-        `W [d_in, d_out]`, float64.
+        `W [d_in, d_out]`, float64; of groups [groups, d_in, d_out].
     moments
         Of the rows of `x` [d_in] or, with `observed_output`, of those of `x W` [d_out]; None for the plain singular
         value decomposition.
@@ -48,6 +50,8 @@ class Layer:
         What errors of the output weigh [d_out, d_out]; None where all weigh the same.
     projected
         The objective "utilized": project on the subspaces of the data in place of least squares.
+    groups
+        The layers that it consists of, where it is several.
     """
 
     matrix: Matrix
@@ -55,19 +59,22 @@ class Layer:
     observed_output: bool = False
     gain: Gain | None = None
     projected: bool = False
+    groups: tuple[Layer, ...] = ()
 
     @property
     def d_in(self) -> int:
         """Width of the input."""
-        return int(self.matrix.shape[0])
+        return int(self.matrix.shape[-2])
 
     @property
     def d_out(self) -> int:
         """Width of the output."""
-        return int(self.matrix.shape[1])
+        return int(self.matrix.shape[-1])
 
     def decompose(self) -> Decomposition:
         """Prepare to cut at any rank."""
+        if self.groups:
+            return GroupedDecomposition([layer.decompose() for layer in self.groups])
         if self.gain is not None:
             root = self.gain.root
             moments = self.moments
@@ -95,6 +102,11 @@ class Layer:
         Moments have to be those of the input.
         """
         return replace(self, matrix=matrix, moments=None if self.moments is None else self.moments.kept(kept))
+
+
+def grouped(layers: Sequence[Layer]) -> Layer:
+    """The layers of all groups of one weight as one, which is cut at the same rank in each."""
+    return layers[0] if len(layers) == 1 else Layer(np.stack([layer.matrix for layer in layers]), groups=tuple(layers))
 
 
 def stacked(layers: Sequence[Layer], scales: Sequence[float]) -> Layer:

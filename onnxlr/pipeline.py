@@ -37,7 +37,7 @@ from onnxlr.factorize import Gain
 from onnxlr.files import require_writable
 from onnxlr.groups import group
 from onnxlr.latency import Timings
-from onnxlr.layer import Layer
+from onnxlr.layer import Layer, grouped
 from onnxlr.metrics import load_metric
 from onnxlr.model_io import load, save
 from onnxlr.rewrite import rewrite
@@ -195,20 +195,29 @@ def _part(case: Case, weight: Weight, stats: Stats | None, config: Config) -> Pa
         )
     matrix = case.inventory.matrix(weight)
     if stats is None or config.objective == "weight":
-        return Part(weight, Layer(matrix), fixed)
+        return Part(weight, grouped([Layer(each) for each in _matrices(matrix)]), fixed)
     moments = weight_moments(stats, case.inventory, weight, config.objective)
     projected = config.objective == "utilized"
     gradients = weight_gradients(stats, weight) if config.objective == "fisher" else None
-    layer = Layer(
-        matrix,
-        moments,
-        observed_output=weight.observes_output and not projected,
-        gain=None if gradients is None else Gain.of(gradients),
-        projected=projected,
-    )
+    layers = [
+        Layer(
+            each,
+            moments[group],
+            observed_output=weight.observes_output and not projected,
+            gain=None if gradients is None else Gain.of(gradients[group]),
+            projected=projected,
+        )
+        for group, each in enumerate(_matrices(matrix))
+    ]
     unreached = config.objective == "fisher" and gradients is None
     note = "no gradient reaches it, so its own output's error is minimised; " if unreached else ""
-    return Part(weight, layer, fixed, moments.count, moments.dim, note)
+    rows = min(own.count for own in moments)
+    return Part(weight, grouped(layers), fixed, rows, moments[0].dim, note)
+
+
+def _matrices(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+    """One or several matrices as [groups, d_in, d_out]."""
+    return matrix.reshape(-1, *matrix.shape[-2:])
 
 
 def _meet_target(

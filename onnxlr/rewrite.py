@@ -16,9 +16,8 @@ import onnx_graphsurgeon as gs
 
 from onnxlr.errors import OnnxlrError
 from onnxlr.model_io import from_proto
-from onnxlr.sites import FAMILIES
+from onnxlr.sites import FAMILIES, by_output
 from onnxlr.sites.emit import Parts
-from onnxlr.sites.emit import emit as emit_form
 from onnxlr.surgery import close_graph, open_graph
 
 if TYPE_CHECKING:
@@ -59,14 +58,13 @@ def lay_out(inventory: Inventory, weight: Weight, stored: Stored) -> list[SiteAr
         A factor overflows the weight's dtype.
     """
     dtype = np.dtype(ml_dtypes.bfloat16) if weight.dtype == "bfloat16" else np.dtype(weight.dtype)
-    layouts: list[tuple[int, int]] = []
+    layouts: list[tuple[object, ...]] = []
     arrays = []
     for site in weight.sites:
         family = FAMILIES[site.op]
-        layout = (site.output_axis, site.leading_ones)
-        if layout not in layouts:
-            layouts.append(layout)
-        suffix = f".{layouts.index(layout)}" if layouts.index(layout) else ""
+        if site.layout not in layouts:
+            layouts.append(site.layout)
+        suffix = f".{layouts.index(site.layout)}" if layouts.index(site.layout) else ""
         first, second = None, family.stored(site, stored.second, reads_input=stored.first is None)
         if stored.first is not None:
             first = _cast(family.stored(site, stored.first, reads_input=True), dtype, site)
@@ -94,10 +92,7 @@ def _bias(inventory: Inventory, site: Site, stored: Stored, dtype: np.dtype[Any]
     old = view.values(view.tensors[site.bias.tensor])
     if stored.outputs is not None:
         old = np.take(old, stored.outputs, axis=site.output_axis)
-    new = old.astype(np.float64)
-    if correction is not None:
-        new = new + correction.reshape(old.shape) / site.bias.scale
-    return name, _cast(new, dtype, site)
+    return name, _cast(old if correction is None else FAMILIES[site.op].corrected(site, old, correction), dtype, site)
 
 
 def _cast(array: NDArray[Any], dtype: np.dtype[Any], site: Site) -> NDArray[Any]:
@@ -116,7 +111,7 @@ def emit(inventory: Inventory, layouts: Iterable[SiteArrays], make: Make) -> Mod
     layouts = list(layouts)
     model = inventory.model
     graph = open_graph(model.proto)
-    nodes = {node.outputs[0].name: node for node in graph.nodes if node.outputs}
+    nodes = by_output(graph)
     names = set(graph.tensors())
     made: dict[str, gs.Tensor] = {}
     hidden: dict[str, gs.Tensor] = {}
@@ -147,7 +142,7 @@ def emit(inventory: Inventory, layouts: Iterable[SiteArrays], make: Make) -> Mod
             stored.window,
             stored.split,
         )
-        emit_form(graph, FAMILIES[site.op], site, nodes[site.output], parts)
+        FAMILIES[site.op].put(graph, site, nodes[site.output], parts)
         hidden[name] = parts.hidden
     result = close_graph(graph, model.proto)
     stale = [value for value in result.graph.value_info if value.name in narrowed]
@@ -204,11 +199,11 @@ def rewrite(inventory: Inventory, stored: Mapping[str, Stored]) -> Model:
 
 def copies(weight: Weight) -> int:
     """How many copies of its factors the sites of a weight need."""
-    return len({(site.output_axis, site.leading_ones) for site in weight.sites})
+    return len({site.layout for site in weight.sites})
 
 
 def new_biases(inventory: Inventory, weight: Weight) -> int:
-    """How many vectors [d_out] a correction of the bias adds to the model; never too few.
+    """How many vectors [groups * d_out] a correction of the bias adds to the model; never too few.
 
     A bias that other sites share is counted as if it stayed: whether it goes depends on what becomes of them.
     """

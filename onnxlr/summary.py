@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from onnxlr.case import Case
     from onnxlr.choice import Part
     from onnxlr.config import Config
-    from onnxlr.forms import Stored
+    from onnxlr.forms import Products, Stored
     from onnxlr.gram import Stats
     from onnxlr.model_io import Model
     from onnxlr.report import Recovery
@@ -96,7 +96,8 @@ def _weight_reports(case: Case, parts: Sequence[Part], plan: Plan, config: Confi
     for weight in case.inventory.weights:
         part = by_name.get(weight.name)
         cut = Cut() if part is None else plan.cuts[weight.name]
-        elements, biases = _kept(case, weight, plan.stored.get(weight.name), counted)
+        products, biases = _kept(case, weight, plan.stored.get(weight.name), counted)
+        elements = weight.groups * copies(weight) * sum(d * e for d, e in products)
         reports.append(
             WeightReport(
                 name=weight.name,
@@ -109,9 +110,7 @@ def _weight_reports(case: Case, parts: Sequence[Part], plan: Plan, config: Confi
                 parameters=weight.parameters,
                 parameters_after=elements + biases if weight.name in plan.stored else weight.parameters,
                 macs=weight.macs,
-                macs_after=None
-                if weight.macs is None
-                else weight.macs * elements / copies(weight) / (weight.d_in * weight.d_out),
+                macs_after=None if weight.macs is None else _macs(weight, plan.stored.get(weight.name), products),
                 energy=1.0 if part is None else plan.energy[weight.name],
                 predicted_error=None if plan.predicted is None or part is None else plan.predicted[weight.name] ** 0.5,
                 rows=None if part is None else part.rows,
@@ -120,15 +119,19 @@ def _weight_reports(case: Case, parts: Sequence[Part], plan: Plan, config: Confi
     return tuple(reports)
 
 
-def _kept(case: Case, weight: Weight, stored: Stored | None, counted: set[str]) -> tuple[int, int]:
-    """Numbers in the matrices and in new biases; a first factor that is shared counts for the first that has it."""
+def _kept(case: Case, weight: Weight, stored: Stored | None, counted: set[str]) -> tuple[Products, int]:
+    """Matrices, and numbers in new biases; a first factor that is shared counts for the first that has it."""
     if stored is None:
-        return copies(weight) * weight.d_in * weight.d_out, 0
+        return ((weight.d_in, weight.d_out),), 0
     biases = 0 if stored.bias is None else new_biases(case.inventory, weight) * len(stored.bias)
     if stored.shared in counted:
-        return stored.second.size, biases
+        return stored.products[1:], biases
     counted.update({stored.shared} if stored.shared else ())
-    return copies(weight) * stored.elements, biases
+    return stored.products, biases
+
+
+def _macs(weight: Weight, stored: Stored | None, products: Products) -> float:
+    return float(weight.macs or 0) if stored is None else weight.macs_of(products)
 
 
 def _reason(part: Part, cut: Cut, config: Config) -> str:

@@ -7,6 +7,7 @@ and it measures what each weight's cut does to the model's output, one weight at
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -109,7 +110,7 @@ class Trial:
             if cut is None:
                 arrays |= self._dense[weight.name]
             else:
-                bias = np.zeros(weight.d_out) if self._corrected and cut.bias is None else cut.bias
+                bias = np.zeros(weight.groups * weight.d_out) if self._corrected and cut.bias is None else cut.bias
                 arrays |= _named(lay_out(self._inventory, weight, Stored(cut.first, cut.second, bias)))
         for feed, _, _ in observed:
             yield self._session.run({**feed, **arrays})
@@ -137,6 +138,7 @@ def _named(layouts: Iterable[SiteArrays]) -> dict[str, NDArray[Any]]:
 
 
 def _dense(matrix: NDArray[np.float64], corrected: bool) -> Stored:
-    d_in, d_out = matrix.shape
-    bias = np.zeros(d_out) if corrected else None
-    return Stored(matrix, np.eye(d_out), bias) if d_out <= d_in else Stored(np.eye(d_in), matrix, bias)
+    *groups, d_in, d_out = matrix.shape
+    bias = np.zeros(prod(groups) * d_out) if corrected else None
+    same = np.broadcast_to(np.eye(min(d_in, d_out)), (*groups, min(d_in, d_out), min(d_in, d_out)))
+    return Stored(matrix, same, bias) if d_out <= d_in else Stored(same, matrix, bias)

@@ -11,14 +11,16 @@ from models import FORMS, Form, parsed, random, run
 from safetensors.numpy import save_file
 
 from onnxlr.api import calibrate
-from onnxlr.calibrate import accumulate, mask_of, probes, rows_of, site_probe, weight_moments, with_outputs
+from onnxlr.calibrate import accumulate, mask_of, probes, site_probes, with_outputs
+from onnxlr.calibrate import weight_moments as moments_of_groups
 from onnxlr.case import require_same_model
 from onnxlr.config import Config
 from onnxlr.data import open_data, split
 from onnxlr.errors import DataError, StatsError
 from onnxlr.gram import Moments, Stats
+from onnxlr.rows import Rows
 from onnxlr.session import Session
-from onnxlr.sites import Inventory, take_inventory
+from onnxlr.sites import Inventory, Weight, take_inventory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,6 +37,7 @@ WEIGHTS = {
     "w1": random(1, 6, 8), "b1": random(2, 8), "w2": random(3, 5, 8), "b2": random(4, 5), "w3": random(5, 5, 7),
 }  # fmt: skip
 X = random(6, 24, 6)
+LAST = Rows()
 
 
 def chain() -> Model:
@@ -45,6 +48,11 @@ def chain() -> Model:
 def gather(model: Model, samples: Sequence[dict[str, Array]], objective: Objective = "output", **options: Any) -> Stats:
     config = replace(CONFIG, objective=objective, **options)
     return accumulate(model, take_inventory(model), samples, Session(model).inputs, config)
+
+
+def weight_moments(stats: Stats, inventory: Inventory, weight: Weight, objective: Objective) -> Moments:
+    (moments,) = moments_of_groups(stats, inventory, weight, objective)
+    return moments
 
 
 def cut(array: Array, name: str = "x") -> list[dict[str, Array]]:
@@ -81,9 +89,10 @@ def test_moments_of_every_form_are_those_of_its_rows(form: Form, objective: Obje
 def test_each_tensor_is_observed_once_on_the_side_that_the_objective_needs() -> None:
     inventory = take_inventory(chain())
     first, second, third = inventory.weights
-    assert [site_probe(w, w.sites[0], "output") for w in (first, second, third)] == [("x", -1), ("d", -1), ("d", -1)]
-    assert probes(inventory.weights, "output") == [("x", -1), ("d", -1)]
-    assert probes(inventory.weights, "utilized") == [("x", -1), ("c", -1), ("d", -1)]
+    probed = [site_probes(weight, weight.sites[0], "output") for weight in (first, second, third)]
+    assert probed == [[("x", LAST)], [("d", LAST)], [("d", LAST)]]
+    assert probes(inventory.weights, "output") == [("x", LAST), ("d", LAST)]
+    assert probes(inventory.weights, "utilized") == [("x", LAST), ("c", LAST), ("d", LAST)]
     assert probes(inventory.weights, "weight") == []
     stats = gather(chain(), cut(X))
     assert stats.moments.keys() == {"x", "d"}
@@ -100,10 +109,8 @@ def test_an_input_that_others_share_or_that_may_be_narrowed_is_observed(body: st
     weights = {"w1": random(1, 6, 8), "w2": random(2, 8, 5), "w4": random(3, 8, 5), "w3": random(4, 5, 7)}
     used = {name: array for name, array in weights.items() if name in body}
     inventory = take_inventory(parsed("(float[N, 6] x) => (float[N, 7] y)", body, **used))
-    probed = {weight.name: site_probe(weight, weight.sites[0], "output") for weight in inventory.weights}
-    assert {name: probed[name] for name in ("w2", "w4") if name in probed} == dict.fromkeys(
-        [name for name in ("w2", "w4") if name in used], ("c", -1)
-    )
+    probed = {weight.name: site_probes(weight, weight.sites[0], "output") for weight in inventory.weights}
+    assert all(probed[name] == [("c", LAST)] for name in {"w2", "w4"} & used.keys())
     assert all(weight.observes_output is False for weight in inventory.weights)
 
 
@@ -235,12 +242,12 @@ def test_padding_does_not_count(objective: Objective) -> None:
 def test_rows_lie_on_either_axis() -> None:
     array = random(1, 2, 3, 4)
     mask = np.array([[1, 0, 1], [0, 0, 1]])
-    assert np.array_equal(rows_of(array, -1, None), array.reshape(6, 4))
-    assert np.array_equal(rows_of(array, -2, None), array.transpose(0, 2, 1).reshape(8, 3))
-    assert np.array_equal(rows_of(array, -1, mask), array.reshape(6, 4)[[0, 2, 5]])
+    assert np.array_equal(Rows().of(array), array.reshape(6, 4))
+    assert np.array_equal(Rows((-2,)).of(array), array.transpose(0, 2, 1).reshape(8, 3))
+    assert np.array_equal(Rows().of(array, mask), array.reshape(6, 4)[[0, 2, 5]])
     turned = array.transpose(0, 2, 1)
-    assert np.array_equal(rows_of(turned, -2, mask), array.reshape(6, 4)[[0, 2, 5]])
-    assert np.array_equal(rows_of(array[0, 0], -1, None), array[0, :1])
+    assert np.array_equal(Rows((-2,)).of(turned, mask), array.reshape(6, 4)[[0, 2, 5]])
+    assert np.array_equal(Rows().of(array[0, 0]), array[0, :1])
 
 
 def test_a_mask_has_to_be_an_input() -> None:

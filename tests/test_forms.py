@@ -42,6 +42,10 @@ def product(stored: Stored, d_in: int, d_out: int) -> Array:
     return factors.first @ factors.second
 
 
+def elements(stored: Stored) -> int:
+    return sum(d * e for d, e in stored.products)
+
+
 def windows(pair: Stored, side: Side) -> list[Window]:
     """Both, with the condition number of what is inside."""
     assert pair.first is not None
@@ -55,13 +59,13 @@ def windows(pair: Stored, side: Side) -> list[Window]:
 def test_a_block_is_its_pair_in_fewer_numbers(pair: Stored, side: Side) -> None:
     assert pair.first is not None
     (d_in, rank), d_out = pair.first.shape, pair.second.shape[1]
-    assert pair.elements == rank * (d_in + d_out) == sum(d * e for d, e in pair_products(d_in, d_out, rank))
+    assert pair.products == pair_products(d_in, d_out, rank)
     for window in windows(pair, side):
         block = as_block(pair, window)
         close(product(block, d_in, d_out), pair.first @ pair.second, window.condition)
         assert block.first is not None
         assert (block.first.shape, block.second.shape) == block_products(d_in, d_out, rank, side)
-        assert block.elements == pair.elements - rank**2
+        assert elements(block) == elements(pair) - rank**2
         assert (block.window, block.rank, block.bias is pair.bias) == (window, rank, True)
         assert block.split == (rank, (d_in if side == "input" else d_out) - rank)
         factors = block.factors(d_in, d_out)
@@ -111,7 +115,7 @@ def test_factors_are_those_of_all_features(
     close(product(stored, d_in, d_out), expected, condition)
     dense = Stored(None, pair.first @ pair.second, pair.bias, inputs=inputs, outputs=outputs)
     close(product(dense, d_in, d_out), expected)
-    assert (dense.rank, dense.split, dense.elements) == (None, (0, 0), narrow_in * narrow_out)
+    assert (dense.rank, dense.split, dense.products) == (None, (0, 0), ((narrow_in, narrow_out),))
     for made in (stored, dense):
         bias = made.factors(d_in, d_out).bias
         assert (bias is None) == (pair.bias is None)

@@ -1,7 +1,7 @@
 """Linear sites of a graph, one file an operator family."""
 
 from onnxlr.sites.base import Bias, Family, Refusal, Site
-from onnxlr.sites.inventory import FAMILIES, Inventory, Weight, parameter_count, take_inventory
+from onnxlr.sites.inventory import FAMILIES, Inventory, Weight, by_output, parameter_count, take_inventory
 from onnxlr.sites.structure import Chain
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Refusal",
     "Site",
     "Weight",
+    "by_output",
     "parameter_count",
     "take_inventory",
 ]

@@ -12,16 +12,27 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
+
+from onnxlr.sites.emit import emit
+from onnxlr.sites.macs import macs
+
 if TYPE_CHECKING:
-    import numpy as np
+    from collections.abc import Mapping
+
     import onnx_graphsurgeon as gs
     from numpy.typing import NDArray
 
     from onnxlr.forms import Side
+    from onnxlr.rows import Rows
     from onnxlr.sites.constants import GraphView
+    from onnxlr.sites.emit import Parts
 
 BLOCKS_SINCE = 13
 """The opset from which identity blocks are written: from here on Split takes its lengths as an input."""
+
+ONNX_DOMAINS: frozenset[str | None] = frozenset({"", "ai.onnx", None})
+MICROSOFT: frozenset[str | None] = frozenset({"com.microsoft"})
 
 FLOATING = frozenset({"float16", "bfloat16", "float32", "float64"})
 
@@ -51,7 +62,7 @@ class Bias:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One linear operator `y = x W + b` in a graph.
+    """One linear operator `y = x W + b` in a graph, or several side by side with a matrix each: its groups.
 
     Attributes
     ----------
@@ -66,17 +77,23 @@ class Site:
     weight
         The constant tensor that the node reads as its weight.
     d_in, d_out
-        The shape of `W`.
+        The shape of `W`, or of each group's.
     dtype
         Name of the weight's numpy dtype.
-    input_axis, output_axis
-        The axes (-1 or -2) of the input and output tensors along which the features lie.
+    input_rows, output_rows
+        How `x` and `y` lie in the input and the output tensor, one a group. `output_rows` is empty where no tensor
+        shows `y`: the operator does more to it.
     bias
         A constant vector added to the output, if there is one.
     opaque_addend
         The output contains something other than `x W` and `bias`, so its moments are not those of the layer.
     leading_ones
         Axes of length 1 before the two of the stored weight; they count towards the rank of the output.
+    layout
+        What tells how factors are stored: sites of one weight with equal layouts share them.
+    plain
+        The features lie on the last axis or the one before, in input and output alike, and the operator does nothing
+        but multiply and add: its weight can share a first factor with others and be narrowed.
     block_sides
         On which sides it can be written with an identity block (`onnxlr.forms`).
     module
@@ -91,11 +108,13 @@ class Site:
     d_in: int
     d_out: int
     dtype: str
-    input_axis: int
-    output_axis: int
+    input_rows: tuple[Rows, ...]
+    output_rows: tuple[Rows, ...]
     bias: Bias | None
     opaque_addend: bool = False
     leading_ones: int = 0
+    layout: tuple[object, ...] = ()
+    plain: bool = False
     block_sides: frozenset[Side] = frozenset()
     module: str | None = None
 
@@ -105,9 +124,24 @@ class Site:
         return self.module or self.name
 
     @property
+    def groups(self) -> int:
+        """The number of its matrices."""
+        return len(self.input_rows)
+
+    @property
+    def input_axis(self) -> int:
+        """The axis of the input along which the features lie, where it is one."""
+        return self.input_rows[0].axis
+
+    @property
+    def output_axis(self) -> int:
+        """The axis of the output along which the features lie, where it is one."""
+        return self.output_rows[0].axis
+
+    @property
     def observes_output(self) -> bool:
         """Whether the output is the smaller side to gather moments of, and shows the layer alone."""
-        return self.d_out < self.d_in and not self.opaque_addend
+        return self.d_out < self.d_in and not self.opaque_addend and bool(self.output_rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +161,13 @@ class Refusal:
 
 
 class Family(ABC):
-    """One kind of linear operator."""
+    """One kind of linear operator.
+
+    Matrices of a site are [d, e], or [groups, d, e] where it has groups; vectors of its output are [groups * d_out].
+    """
 
     ops: ClassVar[frozenset[str]]
+    domains: ClassVar[frozenset[str | None]] = ONNX_DOMAINS
     adds_bias: ClassVar[bool]
     """Whether its products take an addend, so that a correction needs no Add behind."""
 
@@ -148,6 +186,20 @@ class Family(ABC):
     @abstractmethod
     def stored_bias(self, site: Site, bias: NDArray[Any]) -> NDArray[Any]:
         """A correction [d_out] in the shape in which it is added; only for sites without a `Bias`."""
+
+    def corrected(self, site: Site, old: NDArray[Any], correction: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The values `old` of the site's `Bias` with a correction [groups * d_out] added, in the shape of `old`."""
+        assert site.bias is not None
+        return old.astype(np.float64) + correction.reshape(old.shape) / site.bias.scale
+
+    def rows(self, site: Site, node: gs.Node, shapes: Mapping[str, tuple[int, ...]]) -> tuple[float, float]:
+        """How many rows of one sample the first and the second product of a pair multiply; 0 where it is unknown."""
+        count = (macs(node, shapes) or 0) / (site.groups * site.d_in * site.d_out)
+        return count, count
+
+    def put(self, graph: gs.Graph, site: Site, node: gs.Node, parts: Parts) -> None:
+        """Write the form that `parts` make up into `graph`, in the place of `node`."""
+        emit(graph, self, site, node, parts)
 
     @abstractmethod
     def addend(self, node: gs.Node) -> gs.Tensor | None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnxlr.rows import Rows
 from onnxlr.sites.base import BLOCKS_SINCE, FLOATING, Bias, Family, Site
 
 if TYPE_CHECKING:
@@ -59,10 +60,12 @@ class Gemm(Family):
             d_in=d_in,
             d_out=d_out,
             dtype=dtype,
-            input_axis=-1 if left == data_flipped else -2,
-            output_axis=-2 if left else -1,
+            input_rows=(Rows((-1 if left == data_flipped else -2,)),),
+            output_rows=(Rows((-2 if left else -1,)),),
             bias=bias,
             opaque_addend=addend is not None and bias is None,
+            layout=(-2 if left else -1, 0),
+            plain=not data_flipped,
             block_sides=_block_sides(node, view, flipped=data_flipped),
         )
 

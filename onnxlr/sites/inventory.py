@@ -32,13 +32,11 @@ if TYPE_CHECKING:
     import onnx_graphsurgeon as gs
     from numpy.typing import NDArray
 
-    from onnxlr.forms import Side
+    from onnxlr.forms import Products, Side
     from onnxlr.model_io import Model
 
 FAMILIES: dict[str, Family] = {op: family for family in (MatMul(), Gemm()) for op in family.ops}
 """The family of every operator that can be compressed."""
-
-ONNX_DOMAINS = ("", "ai.onnx", None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +44,9 @@ class Weight:
     """One weight `W [d_in, d_out]` and the sites that use it.
 
     `sources` are the stored constants it is read from (several where an exporter copied it), `parameters` their
-    elements together. `macs` are those of all its sites for one sample, None where unknown. `needs_input` is set where
-    the moments of its input matter even if its output is smaller: it ends a chain, or others read the same tensor.
+    elements together. `macs` are those of all its sites for one sample, None where unknown; `rows` how many rows of one
+    sample the first and the second product of a pair multiply. `needs_input` is set where the moments of its input
+    matter even if its output is smaller: it ends a chain, or others read the same tensor.
     """
 
     name: str
@@ -58,12 +57,23 @@ class Weight:
     sources: tuple[str, ...]
     parameters: int
     macs: int | None
+    rows: tuple[float, float] = (0, 0)
     needs_input: bool = False
 
     @property
     def observes_output(self) -> bool:
         """Whether moments are gathered of its outputs: they are the smaller side, and those of the input not needed."""
         return not self.needs_input and all(site.observes_output for site in self.sites)
+
+    @property
+    def groups(self) -> int:
+        """The number of its matrices [d_in, d_out], one of which each of its sites has as many of."""
+        return self.sites[0].groups
+
+    def macs_of(self, products: Products) -> float:
+        """Multiply-accumulates of one sample with the weight, or each of its groups, stored as `products`."""
+        rows = self.rows if len(products) == len(self.rows) else (self.rows[0],) * len(products)
+        return self.groups * sum(n * d * e for n, (d, e) in zip(rows, products, strict=True))
 
     @property
     def block_sides(self) -> frozenset[Side]:
@@ -102,7 +112,7 @@ class Inventory:
     shared
         Names of weights that read one tensor, two or more at a time.
     nodes, view
-        The graph that was searched: its nodes by their first output, and its constants.
+        The graph that was searched: its nodes by their outputs, and its constants.
     """
 
     model: Model
@@ -117,15 +127,26 @@ class Inventory:
     view: GraphView = field(repr=False)
 
     def matrix(self, weight: Weight) -> NDArray[np.float64]:
-        """`W [d_in, d_out]`, float64, read from the model now."""
+        """`W [d_in, d_out]`, or [groups, d_in, d_out], float64, read from the model now."""
         return _matrix(weight.sites[0], self.nodes, self.view)
 
     def own_bias(self, site: Site) -> NDArray[np.float64] | None:
-        """The constant vector [d_out] which the site's own node adds to its output; None for an Add behind it."""
+        """The constant vector [groups * d_out] that the site's own node adds to its output; None for an Add behind."""
         if site.bias is None or site.bias.reader != site.output:
             return None
         values = self.view.values(self.view.tensors[site.bias.tensor])
         return site.bias.scale * values.ravel().astype(np.float64)
+
+
+def family_of(node: gs.Node) -> Family | None:
+    """The family that can compress operators like `node`, if there is one."""
+    family = FAMILIES.get(node.op)
+    return family if family is not None and node.domain in family.domains else None
+
+
+def by_output(graph: gs.Graph) -> dict[str, gs.Node]:
+    """The nodes of a graph by each of their outputs."""
+    return {tensor.name: node for node in graph.nodes for tensor in node.outputs if tensor.name}
 
 
 def parameter_count(model: Model) -> int:
@@ -147,13 +168,13 @@ def take_inventory(model: Model, shapes: Mapping[str, tuple[int, ...]] | None = 
     graph = open_graph(model.proto)
     view = GraphView(model, graph)
     measured, shapes = shapes is not None, shapes or {}
-    nodes = {node.outputs[0].name: node for node in graph.nodes if node.outputs}
+    nodes = by_output(graph)
 
     modules = _torch_modules(model)
     sites: list[Site] = []
     refusals, nested = nested_operators(model.proto, FAMILIES.keys() | REASONS.keys())
     for node in graph.nodes:
-        family = FAMILIES.get(node.op) if node.domain in ONNX_DOMAINS else None
+        family = family_of(node)
         found: Site | str | None = None
         if family is not None:
             found = family.find(node, view)
@@ -183,6 +204,7 @@ def take_inventory(model: Model, shapes: Mapping[str, tuple[int, ...]] | None = 
                 sources=sources,
                 parameters=sum(prod(view.shape(view.tensors[source])) for source in sources),
                 macs=None if None in counts else sum(count for count in counts if count is not None),
+                rows=_rows(members, nodes, shapes),
             )
         )
 
@@ -227,11 +249,11 @@ def _matrix(site: Site, nodes: Mapping[str, gs.Node], view: GraphView) -> NDArra
 
 def _by_content(sites: list[Site], nodes: Mapping[str, gs.Node], view: GraphView) -> Iterator[list[Site]]:
     """Groups of sites with equal `W`, in the order of their first site."""
-    groups: dict[tuple[int, int, str, bytes], list[list[Site]]] = {}
+    groups: dict[tuple[tuple[int, ...], str, bytes], list[list[Site]]] = {}
     for site in sites:
         matrix = _matrix(site, nodes, view)
         sample = matrix[:: max(1, site.d_in // 8), :: max(1, site.d_out // 8)].tobytes()
-        candidates = groups.setdefault((site.d_in, site.d_out, site.dtype, sample), [])
+        candidates = groups.setdefault((matrix.shape, site.dtype, sample), [])
         for members in candidates:
             if np.array_equal(_matrix(members[0], nodes, view), matrix):
                 members.append(site)
@@ -241,6 +263,14 @@ def _by_content(sites: list[Site], nodes: Mapping[str, gs.Node], view: GraphView
     order = {site.output: index for index, site in enumerate(sites)}
     everything = [members for candidates in groups.values() for members in candidates]
     yield from sorted(everything, key=lambda members: order[members[0].output])
+
+
+def _rows(
+    members: list[Site], nodes: Mapping[str, gs.Node], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[float, float]:
+    """Rows of one sample that the first and the second product of all sites together multiply; 0 where unknown."""
+    counts = [FAMILIES[site.op].rows(site, nodes[site.output], shapes) for site in members]
+    return sum(first for first, _ in counts), sum(second for _, second in counts)
 
 
 def _sources(members: list[Site], view: GraphView) -> tuple[str, ...]:

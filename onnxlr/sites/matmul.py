@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnxlr.rows import Rows
 from onnxlr.sites.base import BLOCKS_SINCE, FLOATING, Bias, Family, Site
 
 if TYPE_CHECKING:
@@ -57,10 +58,12 @@ class MatMul(Family):
             d_in=d_in,
             d_out=d_out,
             dtype=dtype,
-            input_axis=axis,
-            output_axis=axis,
+            input_rows=(Rows((axis,)),),
+            output_rows=(Rows((axis,)),),
             bias=_added_vector(output, d_out, axis, view),
             leading_ones=len(shape) - 2,
+            layout=(axis, len(shape) - 2),
+            plain=len(shape) == 2,
             block_sides=frozenset({"input", "output"} if view.graph.opset >= BLOCKS_SINCE else ()),
         )
 

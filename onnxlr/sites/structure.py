@@ -71,7 +71,7 @@ def find_chains(weights: Sequence[Weight], nodes: Mapping[str, gs.Node], view: G
 
 
 def _plain(site: Site) -> bool:
-    return site.input_axis == site.output_axis == -1 and not site.leading_ones and not site.opaque_addend
+    return site.plain and site.input_axis == site.output_axis == -1 and not site.opaque_addend
 
 
 def _chain(
@@ -157,6 +157,6 @@ def shared_inputs(weights: Iterable[Weight]) -> list[tuple[Weight, ...]]:
     readers: dict[tuple[str, int, str], list[Weight]] = {}
     for weight in weights:
         site = weight.sites[0]
-        if len(weight.sites) == 1 and site.input_axis == site.output_axis and not site.leading_ones:
+        if len(weight.sites) == 1 and site.plain:
             readers.setdefault((site.input, site.input_axis, weight.dtype), []).append(weight)
     return [tuple(members) for members in readers.values() if len(members) > 1]

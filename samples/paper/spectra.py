@@ -74,7 +74,7 @@ class Projections:
     def _of(self, part: Part, energy: float) -> Spectra:
         matrix = part.layer.matrix
         factors, _ = part.decomposition.cut_by_energy(energy, part.decomposition.rank_for(energy))
-        moments = weight_moments(self._stats, self._case.inventory, part.weight, "utilized")
+        (moments,) = weight_moments(self._stats, self._case.inventory, part.weight, "utilized")
         return Spectra(
             part.weight.labels[0],
             matrix.shape,

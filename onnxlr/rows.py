@@ -1,0 +1,148 @@
+"""Where the rows of a linear layer lie in a tensor: `x [n, d]` out of an array of any rank.
+
+    axes     the axes of the features, in the order of the features; all other axes count rows
+    parts    a chunk of some axes only: one group of a grouped convolution, one matrix of a batch
+    patches  what a convolution's kernel covers at each position: `d = channels * kernel`, channels first
+
+The patches of a large image are many times the image, so of a batch no more than `PATCH_ROWS` are taken, drawn evenly
+from all positions. Which ones depends on the data alone: the same batch gives the same rows again.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from onnxlr.metrics import token_rows
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+PATCH_ROWS = 4096
+"""The most patches that are taken of one batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One of `count` equal chunks of an axis. An array without that axis, or of length 1 there, is taken whole."""
+
+    axis: int
+    index: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Patches:
+    """What a convolution reads at each position of an array [N, C, ...].
+
+    Attributes
+    ----------
+    kernel, strides, dilations
+        One a spatial axis.
+    pads
+        Zeros before every spatial axis, then those after; of no use where `auto_pad` says how many.
+    auto_pad
+        ONNX's attribute: NOTSET, VALID, SAME_UPPER or SAME_LOWER.
+    """
+
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    pads: tuple[int, ...]
+    auto_pad: str = "NOTSET"
+
+    def of(self, array: NDArray[Any]) -> NDArray[Any]:
+        """A sample of the patches of `array [N, C, ...]`, as rows [n, C * prod(kernel)]."""
+        padded = np.pad(array, [(0, 0), (0, 0), *self._padding(array.shape[2:])])
+        reach = [(size - 1) * step + 1 for size, step in zip(self.kernel, self.dilations, strict=True)]
+        windows = np.lib.stride_tricks.sliding_window_view(padded, reach, axis=tuple(range(2, array.ndim)))
+        stepped = tuple(slice(None, None, step) for step in self.strides)
+        dilated = tuple(slice(None, None, step) for step in self.dilations)
+        windows = windows[(slice(None), slice(None), *stepped, *dilated)]
+        windows = np.moveaxis(windows, 1, 1 + len(self.kernel))
+        places = windows.shape[: 1 + len(self.kernel)]
+        total = int(np.prod(places))
+        chosen = np.arange(total)
+        if total > PATCH_ROWS:
+            generator = np.random.default_rng(zlib.crc32(np.ascontiguousarray(array.ravel()[:4096]).tobytes()))
+            chosen = np.sort(generator.choice(total, PATCH_ROWS, replace=False))
+        rows = windows[np.unravel_index(chosen, places)]
+        return rows.reshape(len(rows), -1)
+
+    def _padding(self, lengths: tuple[int, ...]) -> list[tuple[int, int]]:
+        if self.auto_pad == "NOTSET":
+            half = len(self.kernel)
+            return list(zip(self.pads[:half], self.pads[half:], strict=True))
+        if self.auto_pad == "VALID":
+            return [(0, 0)] * len(self.kernel)
+        padding = []
+        for length, size, stride, dilation in zip(lengths, self.kernel, self.strides, self.dilations, strict=True):
+            missing = max((-(-length // stride) - 1) * stride + (size - 1) * dilation + 1 - length, 0)
+            small, large = missing // 2, missing - missing // 2
+            padding.append((small, large) if self.auto_pad == "SAME_UPPER" else (large, small))
+        return padding
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """How to take the rows of a layer out of a tensor; see the module."""
+
+    axes: tuple[int, ...] = (-1,)
+    parts: tuple[Part, ...] = ()
+    patches: Patches | None = None
+
+    @property
+    def axis(self) -> int:
+        """The one axis of the features."""
+        (axis,) = self.axes
+        return axis
+
+    @property
+    def key(self) -> str:
+        """What tells these rows from others of the same tensor; "" for features on the last axis."""
+        names: dict[tuple[int, ...], str] = {(-1,): "", (-2,): ":rows", (1,): ":channels"}
+        key = names.get(self.axes, ":axes" + ",".join(map(str, self.axes)))
+        if self.patches is not None:
+            own = self.patches
+            sizes = ("x".join(map(str, size)) for size in (own.kernel, own.strides, own.dilations, own.pads))
+            key = ":".join((":patches", *sizes, own.auto_pad))
+        return key + "".join(f":{part.index}/{part.count}" for part in self.parts)
+
+    def of(self, array: NDArray[Any], mask: NDArray[Any] | None = None) -> NDArray[Any]:
+        """The rows [n, d] of `array`; those of padded tokens left out where a mask [N, S] is given.
+
+        Raises
+        ------
+        DataError
+            The mask is not of rank 2.
+        """
+        array = array[self.chunk(array.shape)]
+        if self.patches is not None:
+            return self.patches.of(array)
+        array = array.transpose(self.order(array.ndim))
+        rows = array.reshape(self.shape(array.shape))
+        real = None if mask is None else token_rows(mask, (*array.shape[: -len(self.axes)], rows.shape[1]))
+        return rows if real is None else rows[real]
+
+    def chunk(self, shape: tuple[int, ...]) -> tuple[slice, ...]:
+        """An index into an array of `shape` that leaves its part."""
+        index = [slice(None)] * len(shape)
+        for part in self.parts:
+            there = -len(shape) <= part.axis < len(shape)
+            if there and shape[part.axis] > 1:
+                size = shape[part.axis] // part.count
+                index[part.axis] = slice(part.index * size, (part.index + 1) * size)
+        return tuple(index)
+
+    def order(self, ndim: int) -> tuple[int, ...]:
+        """The axes of an array of `ndim` axes with those of the features last; a vector is one row."""
+        features = [0] if ndim == 1 else [axis % ndim for axis in self.axes]
+        return (*(axis for axis in range(ndim) if axis not in features), *features)
+
+    def shape(self, ordered: tuple[int, ...]) -> tuple[int, int]:
+        """[n, d] of an array that has the shape `ordered` with its features last."""
+        return prod(ordered[: -len(self.axes)]), prod(ordered[-len(self.axes) :])
