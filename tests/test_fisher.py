@@ -203,7 +203,7 @@ def test_gradients_of_tied_sites_add_up() -> None:
     stats = calibrate(model, [{"x": random(2, 64, 6)}], FISHER)
     total = weight_gradients(stats, inventory.weights[0])
     assert total is not None
-    np.testing.assert_allclose(total.gram, stats.moments["h:gradient"].gram + stats.moments["y:gradient"].gram)
+    np.testing.assert_allclose(total[0].gram, stats.moments["h:gradient"].gram + stats.moments["y:gradient"].gram)
     fewer = Stats(stats.model, stats.data, stats.samples, stats.holdout_every,
                   {key: value for key, value in stats.moments.items() if key != "h:gradient"})  # fmt: skip
     assert weight_gradients(fewer, inventory.weights[0]) is None
