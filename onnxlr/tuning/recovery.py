@@ -30,7 +30,7 @@ from onnxlr.tuning.distill import plan_lesson
 from onnxlr.tuning.parallel import processes
 from onnxlr.tuning.stream import Stream
 from onnxlr.tuning.trained import trained_weights, with_weights
-from onnxlr.tuning.training import Run, Trainer
+from onnxlr.tuning.training import EVALUATIONS, Run, Trainer
 from onnxlr.validate import validate
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ LEAST_STEPS = 2000
 LEAST_EPOCHS = 3
 MANY = 100
 """Epochs above which images are augmented: fewer passes fit them too little to need it."""
-WATCHED = 512
-"""Held-out samples that are watched during training; the result is validated on all."""
+LEAST_WATCHED, WATCHED = 128, 512
+"""Held-out samples that are watched during training, at least and at most; the result is validated on all."""
 MEASURED = 128
 """Samples on which the units of the loss are measured."""
 
@@ -124,9 +124,11 @@ def recover(
         ]
         lesson = plan_lesson((student, graphs[0]), (teacher, graphs[1]), names, given, task)
         epochs = tuning.epochs or max(LEAST_EPOCHS, math.ceil(LEAST_STEPS / stream.steps))
+        steps = epochs * stream.steps
+        truth = labels if task else None
+        watched = _watched(held_out, inputs, tuning.batch, truth, steps)
         trainer = Trainer(
-            graphs[0], graphs[1], lesson, stream, _watched(held_out, inputs, tuning.batch, labels if task else None),
-            labels if task else None, tuning, config.mask, epochs * stream.steps,
+            graphs[0], graphs[1], lesson, stream, watched, truth, tuning, config.mask, steps,
             takes_images(inputs) and (tuning.augment == "always" or (tuning.augment == "auto" and epochs > MANY)), own,
         )  # fmt: skip
         identity = run_identity(student, teacher, tuning, samples=stream.samples, mask=config.mask)
@@ -164,9 +166,11 @@ def recover(
 
 
 def _watched(
-    held_out: Dataset, inputs: Sequence[TensorSpec], batch: int, labels: NDArray[Any] | None
+    held_out: Dataset, inputs: Sequence[TensorSpec], batch: int, labels: NDArray[Any] | None, steps: int
 ) -> list[tuple[Feed, NDArray[Any] | None]]:
-    watched = numbered_batches(spread(held_out, WATCHED), batch, inputs)
+    """So many that watching takes a fifth of the time: two models run them forwards, and a step is the work of four."""
+    most = steps * batch // (2 * EVALUATIONS)
+    watched = numbered_batches(spread(held_out, min(max(most, LEAST_WATCHED), WATCHED)), batch, inputs)
     return [(feed, None if labels is None else labels[numbers]) for numbers, feed in watched]
 
 
