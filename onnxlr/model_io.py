@@ -115,6 +115,35 @@ class Model:
             pass
         raise ModelError(f"{self._where} exceeds the 2 GB that protobuf can serialize: save it with external data")
 
+    def apart(self, least: int) -> tuple[bytes, dict[str, np.ndarray[Any, Any]]]:
+        """The protobuf's bytes without the main graph's large weights, and those beside them, for a session.
+
+        Parameters
+        ----------
+        least
+            Bytes from which on an inline initializer is left out; the bytes then refer to it by its name alone.
+
+        Raises
+        ------
+        ModelError
+            What is left would still exceed the 2 GB that protobuf can serialize.
+        """
+        large = {t.name: t for t in self.proto.graph.initializer if not is_external(t) and t.ByteSize() >= least}
+        own = {id(tensor) for tensor in large.values()}
+        outline = onnx.ModelProto()
+
+        def place(source: TensorProto, target: TensorProto) -> None:
+            if id(source) not in own:
+                target.CopyFrom(source)
+                return
+            copy_fields(source, target, skip=PAYLOAD)
+            target.data_location = TensorProto.EXTERNAL
+            target.external_data.add(key="location", value=source.name)
+
+        copy_around_tensors(self.proto, outline, place)
+        rest = Model(outline, self.path, self.folder, self._stamps)
+        return rest.serialize(), {name: self.array(tensor) for name, tensor in large.items()}
+
     def fingerprint(self) -> str:
         """SHA-256 (hex) over the protobuf and the external data: equal for models loaded from equal files."""
         digest = hashlib.sha256()

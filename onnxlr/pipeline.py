@@ -160,7 +160,7 @@ def compress(
             [case.model, compressed], feed, provider=config.provider, threads=config.threads
         )
         fused = (_fused(case.model, config), _fused(compressed, config))
-    file_bytes = len(compressed.serialize()) if path is None else 0
+    file_bytes = compressed.nbytes if path is None else 0
     if path is not None:
         with clock.stage("save"):
             # a model that the checker refuses to begin with is not made worse by its compression

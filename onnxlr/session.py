@@ -19,6 +19,7 @@ import onnx
 
 from onnxlr.data import TensorSpec
 from onnxlr.errors import InstallError, ModelError, OutputError
+from onnxlr.external_data import inline_bytes
 from onnxlr.model_io import load
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
     from onnxlr.model_io import Model
 
+INLINE_BYTES, LARGE_WEIGHT = 2**30, 2**16
+"""Where a model holds more bytes of weights than the first, those of the second and more go beside its protobuf."""
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
@@ -144,8 +147,9 @@ class Session:
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", os.fspath(model.folder.resolve())
         )
+        content = self._content(model, options)
         try:
-            self._session = ort.InferenceSession(model.serialize(), options, providers=[self._provider_options()])
+            self._session = ort.InferenceSession(content, options, providers=[self._provider_options()])
         except Exception as error:  # onnxruntime raises a dozen unrelated types
             raise ModelError(f"onnxruntime cannot load {self.name}: {_first_line(error)}") from error
         if self.provider not in self._session.get_providers():
@@ -155,6 +159,19 @@ class Session:
             )
         self.inputs = [_spec(argument) for argument in self._session.get_inputs()]
         self.outputs = [_spec(argument) for argument in self._session.get_outputs()]
+
+    def _content(self, model: Model, options: Any) -> bytes:
+        """The model's bytes; weights that are too many for one protobuf go to `options` instead."""
+        if inline_bytes(model.proto) <= INLINE_BYTES:
+            return model.serialize()
+        content, weights = model.apart(LARGE_WEIGHT)
+        value, element = import_onnxruntime().OrtValue, onnx.helper.np_dtype_to_tensor_dtype
+        # onnxruntime reads the arrays where they are, so they have to live as long as the session
+        self._weights = [
+            value.ortvalue_from_numpy_with_onnx_type(array, element(array.dtype)) for array in weights.values()
+        ]
+        options.add_external_initializers(list(weights), self._weights)
+        return content
 
     def _provider_options(self) -> str | tuple[str, dict[str, str]]:
         # TF32 keeps 10 bits of mantissa: moments and parity would be measured through its noise

@@ -37,6 +37,21 @@ def test_streaming_order_gives_the_same_numbers() -> None:
     assert np.array_equal(plain, streaming)
 
 
+def test_weights_beyond_one_protobuf_go_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    w, v = random(1, 300, 200), random(2, 200, 3).astype(np.float16)
+    signature = "(float[N, 300] x) => (float16[N, 3] y)"
+    large = parsed(signature, "h = MatMul(x, w) k = Relu(h) c = Cast<to = 10>(k) y = MatMul(c, v)", w=w, v=v)
+    feed = {"x": random(3, 5, 300)}
+    expected = Session(large, threads=1).run(feed)["y"]
+    monkeypatch.setattr("onnxlr.session.INLINE_BYTES", 0)
+    for least in (1, 2000, 10**6):
+        monkeypatch.setattr("onnxlr.session.LARGE_WEIGHT", least)
+        assert np.array_equal(Session(large, threads=1).run(feed)["y"], expected)
+    content, apart = large.apart(2000)
+    assert apart.keys() == {"w"}
+    assert len(content) < w.nbytes / 50
+
+
 def test_a_provider_that_this_build_lacks_is_an_error_and_no_fallback() -> None:
     with pytest.raises(InstallError, match=r"this onnxruntime build has no NoSuchProvider: available are .*CPU"):
         Session(model(), provider="NoSuchProvider")
