@@ -44,9 +44,13 @@ class Patches:
     kernel, strides, dilations
         One a spatial axis.
     pads
-        Zeros before every spatial axis, then those after; of no use where `auto_pad` says how many.
+        Zeros before every spatial axis, then those after; of no use where `auto_pad` says how many. What is negative is
+        cut off.
     auto_pad
         ONNX's attribute: NOTSET, VALID, SAME_UPPER or SAME_LOWER.
+    spread
+        Of a transposed convolution: at every how many positions the array lies, with zeros between; its kernel is the
+        other way round. Empty for a plain one.
     """
 
     kernel: tuple[int, ...]
@@ -54,10 +58,16 @@ class Patches:
     dilations: tuple[int, ...]
     pads: tuple[int, ...]
     auto_pad: str = "NOTSET"
+    spread: tuple[int, ...] = ()
 
     def of(self, array: NDArray[Any]) -> NDArray[Any]:
         """A sample of the patches of `array [N, C, ...]`, as rows [n, C * prod(kernel)]."""
-        padded = np.pad(array, [(0, 0), (0, 0), *self._padding(array.shape[2:])])
+        if self.spread:
+            array = _spread(array, self.spread)
+        padding = self._padding(array.shape[2:])
+        padded = np.pad(array, [(0, 0), (0, 0), *((max(one, 0), max(other, 0)) for one, other in padding)])
+        cut = (slice(max(-one, 0), -max(-other, 0) or None) for one, other in padding)
+        padded = padded[(slice(None), slice(None), *cut)]
         reach = [(size - 1) * step + 1 for size, step in zip(self.kernel, self.dilations, strict=True)]
         windows = np.lib.stride_tricks.sliding_window_view(padded, reach, axis=tuple(range(2, array.ndim)))
         stepped = tuple(slice(None, None, step) for step in self.strides)
@@ -71,6 +81,8 @@ class Patches:
             generator = np.random.default_rng(zlib.crc32(np.ascontiguousarray(array.ravel()[:4096]).tobytes()))
             chosen = np.sort(generator.choice(total, PATCH_ROWS, replace=False))
         rows = windows[np.unravel_index(chosen, places)]
+        if self.spread:
+            rows = np.flip(rows, tuple(range(2, rows.ndim)))
         return rows.reshape(len(rows), -1)
 
     def _padding(self, lengths: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -85,6 +97,13 @@ class Patches:
             small, large = missing // 2, missing - missing // 2
             padding.append((small, large) if self.auto_pad == "SAME_UPPER" else (large, small))
         return padding
+
+
+def _spread(array: NDArray[Any], steps: tuple[int, ...]) -> NDArray[Any]:
+    lengths = [(length - 1) * step + 1 for length, step in zip(array.shape[2:], steps, strict=True)]
+    result = np.zeros((*array.shape[:2], *lengths), array.dtype)
+    result[(slice(None), slice(None), *(slice(None, None, step) for step in steps))] = array
+    return result
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +127,9 @@ class Rows:
         key = names.get(self.axes, ":axes" + ",".join(map(str, self.axes)))
         if self.patches is not None:
             own = self.patches
-            sizes = ("x".join(map(str, size)) for size in (own.kernel, own.strides, own.dilations, own.pads))
+            sizes = (
+                "x".join(map(str, size)) for size in (own.kernel, own.strides, own.dilations, own.pads, own.spread)
+            )
             key = ":".join((":patches", *sizes, own.auto_pad))
         return key + "".join(f":{part.index}/{part.count}" for part in self.parts)
 

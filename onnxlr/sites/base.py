@@ -94,6 +94,8 @@ class Site:
     plain
         The features lie on the last axis or the one before, in input and output alike, and the operator does nothing
         but multiply and add: its weight can share a first factor with others and be narrowed.
+    kernel
+        Of a convolution, the spatial sizes of its kernel.
     block_sides
         On which sides it can be written with an identity block (`onnxlr.forms`).
     module
@@ -115,6 +117,7 @@ class Site:
     leading_ones: int = 0
     layout: tuple[object, ...] = ()
     plain: bool = False
+    kernel: tuple[int, ...] = ()
     block_sides: frozenset[Side] = frozenset()
     module: str | None = None
 
@@ -140,8 +143,12 @@ class Site:
 
     @property
     def observes_output(self) -> bool:
-        """Whether the output is the smaller side to gather moments of, and shows the layer alone."""
-        return self.d_out < self.d_in and not self.opaque_addend and bool(self.output_rows)
+        """Whether the output is the smaller side to gather moments of, and shows the layer alone.
+
+        Patches are costlier to gather than an output of the same width.
+        """
+        patches = self.input_rows[0].patches is not None
+        return self.d_out < self.d_in + patches and not self.opaque_addend and bool(self.output_rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +211,10 @@ class Family(ABC):
     @abstractmethod
     def addend(self, node: gs.Node) -> gs.Tensor | None:
         """What the operator itself adds to its product."""
+
+    def spread(self, site: Site, addend: gs.Tensor, name: str) -> gs.Node | None:
+        """What makes of an addend of `product` one that an Add behind it can take; None where it is that already."""
+        return None
 
     @abstractmethod
     def product(

@@ -124,4 +124,8 @@ def _widen_output(
         ),
     ]
     if addend is not None:
+        spread = family.spread(site, addend, f"{site.name}/bias")
+        if spread is not None:
+            graph.nodes.append(spread)
+            (addend,) = spread.outputs
         graph.nodes.append(gs.Node("Add", f"{site.name}/bias", inputs=[whole, addend], outputs=[product]))

@@ -18,6 +18,8 @@ import numpy as np
 from onnxlr.protos import tensors
 from onnxlr.sites.base import INDEX_TYPES, Family, Refusal, Site
 from onnxlr.sites.constants import GraphView
+from onnxlr.sites.conv import Conv
+from onnxlr.sites.conv_transpose import ConvTranspose
 from onnxlr.sites.gemm import Gemm
 from onnxlr.sites.macs import macs
 from onnxlr.sites.matmul import MatMul
@@ -35,7 +37,9 @@ if TYPE_CHECKING:
     from onnxlr.forms import Products, Side
     from onnxlr.model_io import Model
 
-FAMILIES: dict[str, Family] = {op: family for family in (MatMul(), Gemm()) for op in family.ops}
+FAMILIES: dict[str, Family] = {
+    op: family for family in (MatMul(), Gemm(), Conv(), ConvTranspose()) for op in family.ops
+}
 """The family of every operator that can be compressed."""
 
 

@@ -10,8 +10,6 @@ QUANTIZED = "it is quantized already: compress before quantizing"
 LATER = "this operator is not supported yet"
 
 REASONS = {
-    "Conv": f"convolution: {LATER}",
-    "ConvTranspose": f"transposed convolution: {LATER}",
     "Gather": f"embedding table: {LATER}",
     "Einsum": LATER,
     "LSTM": f"recurrent weights: {LATER}",

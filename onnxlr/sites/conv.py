@@ -1,0 +1,154 @@
+"""Conv of one, two or three spatial axes: a pair is the convolution to `r` channels, then one of 1 x 1.
+
+At every position of the output, `x [C_in * prod(kernel)]` is what the kernel covers, channels first, so that
+`W [d_in, d_out]` is the kernel `[C_out, C_in, ...]` with its axes flattened and turned. `A` keeps the node's strides,
+pads and dilations and is a kernel `[r, C_in, ...]`; `B` is one of 1 x 1, `[C_out, r, 1, ...]`, and takes the bias. With
+groups there is a matrix for each, of `C_in / groups` and `C_out / groups` channels, and one rank for all of them.
+
+The output shows `y` with fewer numbers than the kernel covers, so its moments are gathered wherever they suffice.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxlr.rows import Part, Patches, Rows
+from onnxlr.sites.base import BLOCKS_SINCE, FLOATING, Bias, Family, Site
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from onnxlr.forms import Side
+    from onnxlr.sites.constants import GraphView
+
+DEPTHWISE = (
+    "depthwise: every group reads a single channel, so each of its kernels has a rank of 1 or is thinner than it"
+)
+
+
+class Conv(Family):
+    """The operator Conv."""
+
+    ops = frozenset({"Conv"})
+    adds_bias = True
+
+    def find(self, node: gs.Node, view: GraphView) -> Site | str | None:
+        data, weight = node.inputs[:2]
+        refusal = refused(node, view)
+        if refusal is not None or not view.is_constant(weight):
+            return refusal
+        channels, width, *kernel = view.shape(weight)
+        groups = int(node.attrs.get("group", 1))
+        if groups > 1 and width == 1:
+            return DEPTHWISE
+        patches = patches_of(node, tuple(kernel))
+        pointwise = all(size == 1 for size in kernel) and all(step == 1 for step in patches.strides)
+        unpadded = pointwise and not any(patches.pads)
+        parts = channel_parts(groups)
+        return Site(
+            name=node.name or node.outputs[0].name,
+            op=node.op,
+            output=node.outputs[0].name,
+            input=data.name,
+            weight=weight.name,
+            d_in=width * prod(kernel),
+            d_out=channels // groups,
+            dtype=view.dtype(weight),
+            input_rows=tuple(Rows((1,), part, None if unpadded else patches) for part in parts),
+            output_rows=tuple(Rows((1,), part) for part in parts),
+            bias=own_bias(node),
+            layout=(node.op, groups, *kernel),
+            kernel=tuple(kernel),
+            block_sides=_block_sides(view, groups, pointwise=unpadded),
+        )
+
+    def matrix(self, site: Site, node: gs.Node, stored: NDArray[Any]) -> NDArray[np.float64]:
+        flat = stored.astype(np.float64).reshape(site.groups, site.d_out, site.d_in).swapaxes(1, 2)
+        return flat if site.groups > 1 else flat[0]
+
+    def stored(self, site: Site, matrix: NDArray[Any], *, reads_input: bool) -> NDArray[Any]:
+        return as_kernel(matrix, site.kernel if reads_input else (1,) * len(site.kernel))
+
+    def stored_bias(self, site: Site, bias: NDArray[Any]) -> NDArray[Any]:
+        return bias
+
+    def addend(self, node: gs.Node) -> gs.Tensor | None:
+        return node.inputs[2] if own_bias(node) else None
+
+    def spread(self, site: Site, addend: gs.Tensor, name: str) -> gs.Node:
+        axes = gs.Constant(f"{name}/axes", np.arange(1, 1 + len(site.kernel)))
+        output = gs.Variable(f"{name}/spread", dtype=addend.dtype)
+        return gs.Node("Unsqueeze", f"{name}/spread", inputs=[addend, axes], outputs=[output])
+
+    def product(
+        self,
+        site: Site,
+        node: gs.Node,
+        data: gs.Tensor,
+        weight: gs.Tensor,
+        output: gs.Tensor,
+        name: str,
+        addend: gs.Tensor | None = None,
+    ) -> gs.Node:
+        attributes = dict(node.attrs) if data.name == site.input else pointwise_attributes(site)
+        inputs = [data, weight, *([] if addend is None else [addend])]
+        return gs.Node("Conv", name, attrs=attributes, inputs=inputs, outputs=[output])
+
+
+def refused(node: gs.Node, view: GraphView) -> str | None:
+    """Why a convolution cannot be a site, whatever its sizes; None where nothing is known against it."""
+    data, weight = node.inputs[:2]
+    if not view.is_constant(weight):
+        return view.refusal(weight)
+    if view.is_constant(data):
+        return "both of its operands are constant: fold constants first"
+    if view.dtype(weight) not in FLOATING:
+        return f"its weight has the type {view.dtype(weight)}"
+    if own_bias(node) and not view.is_constant(node.inputs[2]):
+        return "its bias is not constant: make it an initializer that is no input of the graph"
+    return None
+
+
+def own_bias(node: gs.Node) -> Bias | None:
+    """The vector that a convolution adds to its output."""
+    if len(node.inputs) < 3 or not node.inputs[2].name:
+        return None
+    return Bias(node.inputs[2].name, 1.0, node.outputs[0].name)
+
+
+def channel_parts(groups: int) -> list[tuple[Part, ...]]:
+    """The channels of every group, of data [N, C, ...]."""
+    return [(Part(1, group, groups),) for group in range(groups)] if groups > 1 else [()]
+
+
+def patches_of(node: gs.Node, kernel: tuple[int, ...]) -> Patches:
+    """What a convolution's attributes say of the positions at which it reads."""
+    ones, pads = [1] * len(kernel), [0] * 2 * len(kernel)
+    return Patches(
+        kernel,
+        tuple(node.attrs.get("strides", ones)),
+        tuple(node.attrs.get("dilations", ones)),
+        tuple(node.attrs.get("pads", pads)),
+        node.attrs.get("auto_pad", "NOTSET"),
+    )
+
+
+def as_kernel(matrix: NDArray[Any], kernel: tuple[int, ...]) -> NDArray[Any]:
+    """A matrix [d, e], or [groups, d, e], as a kernel [groups * e, d / prod(kernel), ...]."""
+    turned = np.swapaxes(matrix, -1, -2)
+    return turned.reshape(-1, matrix.shape[-2] // prod(kernel), *kernel)
+
+
+def pointwise_attributes(site: Site) -> dict[str, Any]:
+    """The attributes of a convolution of 1 x 1 with the groups of a site."""
+    return {"kernel_shape": [1] * len(site.kernel)} | ({"group": site.groups} if site.groups > 1 else {})
+
+
+def _block_sides(view: GraphView, groups: int, *, pointwise: bool) -> frozenset[Side]:
+    if groups > 1 or view.graph.opset < BLOCKS_SINCE:
+        return frozenset()
+    return frozenset({"input", "output"} if pointwise else {"output"})

@@ -1,0 +1,120 @@
+"""ConvTranspose: a pair is the transposed convolution to `r` channels, then a convolution of 1 x 1.
+
+A transposed convolution is an ordinary one, with its kernel turned around, over data between whose positions
+`stride - 1` zeros were put. So `x [C_in * prod(kernel)]` is what that kernel covers at a position of the output, and
+`W [d_in, d_out]` the stored kernel `[C_in, C_out, ...]` with the channels of the output last. The first product
+multiplies at every position of the input, the second at every position of the output.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxlr.rows import Patches, Rows
+from onnxlr.sites.base import Family, Site
+from onnxlr.sites.conv import (
+    DEPTHWISE,
+    as_kernel,
+    channel_parts,
+    own_bias,
+    patches_of,
+    pointwise_attributes,
+    refused,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+    from onnxlr.sites.constants import GraphView
+
+
+class ConvTranspose(Family):
+    """The operator ConvTranspose."""
+
+    ops = frozenset({"ConvTranspose"})
+    adds_bias = True
+
+    def find(self, node: gs.Node, view: GraphView) -> Site | str | None:
+        data, weight = node.inputs[:2]
+        refusal = refused(node, view)
+        if refusal is not None or not view.is_constant(weight):
+            return refusal
+        channels, d_out, *kernel = view.shape(weight)
+        if "output_shape" in node.attrs or node.attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
+            return "its padding follows from the size of its output: state it as pads"
+        groups = int(node.attrs.get("group", 1))
+        width = channels // groups
+        if groups > 1 and width == 1:
+            return DEPTHWISE
+        d_in = width * prod(kernel)
+        parts = channel_parts(groups)
+        return Site(
+            name=node.name or node.outputs[0].name,
+            op=node.op,
+            output=node.outputs[0].name,
+            input=data.name,
+            weight=weight.name,
+            d_in=d_in,
+            d_out=d_out,
+            dtype=view.dtype(weight),
+            input_rows=tuple(Rows((1,), part, _patches(node, tuple(kernel))) for part in parts),
+            output_rows=tuple(Rows((1,), part) for part in parts),
+            bias=own_bias(node),
+            layout=(node.op, groups, *kernel),
+            kernel=tuple(kernel),
+        )
+
+    def matrix(self, site: Site, node: gs.Node, stored: NDArray[Any]) -> NDArray[np.float64]:
+        width = site.d_in // prod(site.kernel)
+        grouped = stored.astype(np.float64).reshape(site.groups, width, site.d_out, prod(site.kernel))
+        flat = grouped.swapaxes(2, 3).reshape(site.groups, site.d_in, site.d_out)
+        return flat if site.groups > 1 else flat[0]
+
+    def stored(self, site: Site, matrix: NDArray[Any], *, reads_input: bool) -> NDArray[Any]:
+        if not reads_input:
+            return as_kernel(matrix, (1,) * len(site.kernel))
+        width = site.d_in // prod(site.kernel)
+        turned = matrix.reshape(site.groups, width, prod(site.kernel), -1).swapaxes(2, 3)
+        return turned.reshape(site.groups * width, -1, *site.kernel)
+
+    def stored_bias(self, site: Site, bias: NDArray[Any]) -> NDArray[Any]:
+        return bias
+
+    def addend(self, node: gs.Node) -> gs.Tensor | None:
+        return node.inputs[2] if own_bias(node) else None
+
+    def rows(self, site: Site, node: gs.Node, shapes: Mapping[str, tuple[int, ...]]) -> tuple[float, float]:
+        read, written = (shapes.get(tensor.name, (0,)) for tensor in (node.inputs[0], node.outputs[0]))
+        return prod((read[0], *read[2:])), prod((written[0], *written[2:]))
+
+    def product(
+        self,
+        site: Site,
+        node: gs.Node,
+        data: gs.Tensor,
+        weight: gs.Tensor,
+        output: gs.Tensor,
+        name: str,
+        addend: gs.Tensor | None = None,
+    ) -> gs.Node:
+        reads = data.name == site.input
+        attributes = dict(node.attrs) if reads else pointwise_attributes(site)
+        inputs = [data, weight, *([] if addend is None else [addend])]
+        return gs.Node("ConvTranspose" if reads else "Conv", name, attrs=attributes, inputs=inputs, outputs=[output])
+
+
+def _patches(node: gs.Node, kernel: tuple[int, ...]) -> Patches:
+    """The positions at which the convolution reads that is the same as the transposed one of `node`."""
+    given = patches_of(node, kernel)
+    more = tuple(node.attrs.get("output_padding", [0] * len(kernel)))
+    reach = [(size - 1) * step for size, step in zip(kernel, given.dilations, strict=True)]
+    before = [r - pad for r, pad in zip(reach, given.pads[: len(kernel)], strict=True)]
+    after = [r - pad + extra for r, pad, extra in zip(reach, given.pads[len(kernel) :], more, strict=True)]
+    ones = (1,) * len(kernel)
+    return Patches(kernel, ones, given.dilations, (*before, *after), spread=given.strides)
