@@ -5,7 +5,7 @@ On the right, `y = x W`: features lie on the last axis, and the pair is `MatMul(
 vector behind the MatMul is its bias.
 
 A weight `[*, K, N]` has a matrix for each index into its leading axes (the experts of a layer): they are its groups,
-and the factors `A [*, K, r]` and `B [*, r, N]` have the same leading axes. Data are broadcast against them: data without
+and the factors `A [*, K, r]` and `B [*, r, N]` have the same leading axes. Data are broadcast against them; without
 such an axis, or of length 1 there, serve all groups. Leading axes of length 1 are kept, since they count towards the
 rank of the output.
 """
@@ -115,7 +115,7 @@ def _on_output(leading: tuple[int, ...], d_out: int, axis: int) -> tuple[int, ..
 
 
 def _own_parts(rows: Rows, lengths: tuple[int | None, ...] | None) -> Rows:
-    """The same without the parts of axes that data of these lengths lack: their moments serve all groups, taken once."""
+    """The same without parts of axes that data of these lengths lack: moments taken once serve all groups."""
     if lengths is None:
         return rows
     return replace(
