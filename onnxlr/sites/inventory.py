@@ -299,7 +299,10 @@ def _shared_with_others(
                 return f"its weight {source!r} is also an output of the graph"
             if not any(reader is node for node in own):
                 name = reader.name or (reader.outputs[0].name if reader.outputs else "?")
-                return f"its weight {source!r} is also read by {reader.op} {name!r}, so a pair would only add to it"
+                reason = f"its weight {source!r} is also read by {reader.op} {name!r}, so a pair would only add to it"
+                # tied the other way round, such as a table and an output head: no one pair is the best of both
+                untied = ": a copy for each of them pays where both ranks are below half the break-even rank"
+                return reason + (untied if family_of(reader) is not None else "")
     return None
 
 
