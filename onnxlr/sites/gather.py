@@ -1,7 +1,8 @@
 """Gather of rows of a constant table: an embedding.
 
 A table `W [V, d]` is a linear layer `y = x W` whose rows `x` are one-hot, so nothing of the size `V x V` need be
-formed: the moments of what is gathered are `W^T diag(counts) W [d, d]`. The pair gathers rows of `A [V, r]` and
+formed: the moments of what is gathered are `W^T diag(counts) W [d, d]` (and rows that were never gathered count a
+little, see `onnxlr.calibrate.UNSEEN`). The pair gathers rows of `A [V, r]` and
 multiplies them by `B [r, d]`; only the second product costs anything. No tensor shows `x`, indices stand for it.
 """
 
