@@ -210,6 +210,11 @@ def test_other_tables_are_refused(signature: str, body: str, weights: dict[str, 
     assert not inventory.weights
 
 
+def test_an_older_opset_is_refused() -> None:
+    model = parsed("(int64[N] x) => (float[N, 4] y)", "y = Gather(w, x)", opset=6, w=random(1, 9, 4))
+    assert "opset 6 broadcasts" in take_inventory(model).refusals[0].reason
+
+
 @pytest.mark.parametrize(
     ("body", "weights"),
     [

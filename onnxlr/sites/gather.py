@@ -40,6 +40,8 @@ class Gather(Family):
             return None
         if dtype not in FLOATING:
             return f"its table has the type {dtype}"
+        if view.graph.opset < 7:
+            return f"opset {view.graph.opset} broadcasts an Add by an older rule: convert the model to 7 or newer"
         if view.is_constant(indices):
             return "its indices are constant: fold constants first"
         axis = node.attrs.get("axis", 0)

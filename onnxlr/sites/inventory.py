@@ -302,7 +302,8 @@ def _shared_with_others(
                 reason = f"its weight {source!r} is also read by {reader.op} {name!r}, so a pair would only add to it"
                 # tied the other way round, such as a table and an output head: no one pair is the best of both
                 untied = ": a copy for each of them pays where both ranks are below half the break-even rank"
-                return reason + (untied if family_of(reader) is not None else "")
+                inner = not any(reader is node for node in nodes.values())
+                return reason + (untied if family_of(reader) is not None and not inner else "")
     return None
 
 
