@@ -63,7 +63,7 @@ CASES = st.tuples(
 )  # fmt: skip
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(CASES, st.sampled_from([np.float16, np.float32, np.float64]))
 def test_full_rank_is_the_dense_model(case: Any, dtype: Any) -> None:
     (leading, data), (d_in, d_out), left, bias = case
@@ -71,7 +71,7 @@ def test_full_rank_is_the_dense_model(case: Any, dtype: Any) -> None:
     assert_full_rank_is_dense(model, x=x)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(CASES)
 def test_the_rows_of_every_group_are_multiplied_by_its_matrix(case: Any) -> None:
     (leading, data), (d_in, d_out), left, _ = case
@@ -93,7 +93,7 @@ def test_the_rows_of_every_group_are_multiplied_by_its_matrix(case: Any) -> None
     assert weight.rows == (rows / weight.groups, rows / weight.groups)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(CASES, st.integers(1, 4))
 def test_every_group_is_cut_as_least_squares_would(case: Any, rank: int) -> None:
     (leading, data), (d_in, d_out), left, bias = case

@@ -234,6 +234,27 @@ def test_it_shares_a_weight_with_matmul_and_may_be_a_block() -> None:
     assert len({site.layout for site in weight.sites}) == 1
 
 
+def test_hidden_units_between_plain_equations_can_be_dropped() -> None:
+    fall = np.float32(0.85) ** np.arange(32)
+    weights = {"w": random(1, 32, 16), "b": random(2, 32), "v": random(3, 32, 8) * fall[:, None].astype(np.float32)}
+    model = parsed(
+        "(float[N, S, 16] x) => (float[N, S, 8] y)",
+        """p = Einsum<equation = "bsi,hi->bsh">(x, w) q = Add(p, b) r = Relu(q)
+        y = Einsum<equation = "...h,ho->...o">(r, v)""",
+        **weights,
+    )  # fmt: skip
+    assert [(chain.producers, chain.consumer) for chain in take_inventory(model).chains] == [(("w",), "v")]
+    target, forms = Target("keep_params", 0.6), frozenset({"width"})
+    config = Config(objective="output", target=target, forms=forms, rank_multiple=2, threads=1)
+    report = onnxlr.compress(model, [{"x": random(4, 60, 5, 16)}], config)
+    # a unit has 16 + 1 + 8 parameters, the new bias 8
+    width = int(0.6 * report.before.parameters - 8) // 25 // 2 * 2
+    assert {weight.form for weight in report.weights} == {f"dense of {width} hidden units"}
+    assert report.after.parameters <= 0.6 * report.before.parameters
+    assert report.validation is not None
+    assert report.validation.error < 0.05
+
+
 def test_attention_with_einsum_is_compressed() -> None:
     heads, width, d = 4, 6, 24
     fall = 0.8 ** np.arange(d, dtype=np.float32)

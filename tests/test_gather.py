@@ -58,7 +58,7 @@ SIZES = st.sampled_from([(9, 4), (4, 9), (6, 6), (30, 7), (2, 5)])
 SHAPES = st.sampled_from([(), (3,), (2, 5), (2, 1, 3), (1,)])
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     SIZES,
     SHAPES,
@@ -78,7 +78,7 @@ def frequencies(x: Array, rows: int) -> Array:
     return 0.9 * np.bincount(x.ravel() % rows, minlength=rows) + 0.1 * x.size / rows
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(SIZES, st.sampled_from([(3,), (40,), (4, 9), (3, 2, 6)]), st.integers(1, 4), st.booleans())
 def test_it_is_cut_as_weighted_least_squares_over_its_rows_would(
     size: tuple[int, int], shape: tuple[int, ...], rank: int, bias: bool

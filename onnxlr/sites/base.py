@@ -75,7 +75,7 @@ class Site:
     output
         The node's output tensor, by which the node is found in any copy of the graph.
     input
-        The tensor whose rows are `x`.
+        The tensor whose rows are `x`, or the indices that stand for them.
     weight
         The constant tensor that the node reads as its weight.
     d_in, d_out
