@@ -320,6 +320,7 @@ def test_an_embedding_classifier_is_compressed(objective: Any) -> None:
     report = onnxlr.compress(model, feeds, Config(objective=objective, **options), labels=labels)
     (own,) = (weight for weight in report.weights if weight.name == "table")
     assert (own.form, own.macs) == ("pair", 0)
+    assert "no gradient" not in own.reason
     assert own.macs_after == 8 * own.rank * 32  # type: ignore[operator]
     assert report.after.parameters <= 0.5 * report.before.parameters
     assert report.after.macs == report.before.macs - sum(w.macs - w.macs_after for w in report.weights)  # type: ignore
