@@ -34,6 +34,12 @@ if TYPE_CHECKING:
 
 Probe = tuple[str, Rows]
 """A tensor and how a layer's rows lie in it."""
+UNSEEN = 0.1
+"""The share of a table's moments that all its rows have alike, gathered or not.
+
+Calibration never gathers most rows of a table, and a cut made for the others alone ruins them: later positions of a
+longer text, rarer words. As in the smoothing of counts, every row is taken to come now and then.
+"""
 INSTEAD = ": use --objective output"
 """Ends messages of why there are no gradients."""
 
@@ -197,6 +203,7 @@ def weight_moments(stats: Stats, inventory: Inventory, weight: Weight, objective
     """The moments of one weight, of each group: those of all its sites added up.
 
     Where the output is observed, a bias that the operator itself adds is taken off, so that they are those of `x W`.
+    A share `UNSEEN` of those of a table is that of all its rows.
 
     Raises
     ------
@@ -216,6 +223,8 @@ def weight_moments(stats: Stats, inventory: Inventory, weight: Weight, objective
             moments, bias = stats.moments[key], inventory.own_bias(site)
             if probe[0] == site.output and bias is not None:
                 moments = moments.shifted(-bias[group * site.d_out : (group + 1) * site.d_out])
+            if not site.input_rows:
+                moments = moments.mixed(Moments.of(inventory.matrix(weight)), UNSEEN)
             found.append(moments)
         by_site.append(found)
     return [reduce(add, own) for own in zip(*by_site, strict=True)]

@@ -36,6 +36,12 @@ if TYPE_CHECKING:
     """A path, a reference to a torch model (`onnxlr.reference`), or a model in memory."""
 
 
+UNUTILIZED = (
+    "the objective utilized projects on the leading directions of the input, and an embedding table's are its most "
+    "frequent rows: all others would be lost, use another objective"
+)
+
+
 class Progress(Protocol):
     """Told of the stage, the steps done since the last call, all steps where known, and how it stands in words."""
 
@@ -84,7 +90,7 @@ def images_for(model: Model, images: ImageOptions | None) -> ImageOptions:
 class Case:
     """A model with its data, its linear operators, and which of them take part; `name` is what it was given as.
 
-    `held_back` gives the reason for every weight that a pattern keeps out.
+    `held_back` gives the reason for every weight that a pattern or the objective keeps out.
     """
 
     name: str
@@ -130,6 +136,8 @@ def _taking_part(inventory: Inventory, config: Config) -> tuple[list[Weight], di
             held_back[weight.name] = f"excluded by {excluding[0]!r}"
         elif config.include and not matching.intersection(config.include):
             held_back[weight.name] = "not included"
+        elif config.objective == "utilized" and not weight.shows_input:
+            held_back[weight.name] = UNUTILIZED
         else:
             taking_part.append(weight)
     if unused:

@@ -93,7 +93,9 @@ class Latency:
             for weight in inventory.weights
             for rows in dict.fromkeys(self._rows(weight))
             if rows
-            for d in {*range(SIZES, weight.d_in, SIZES), weight.d_in}
+            # a first product that costs nothing is never asked for, and the second reads no more than the rank
+            for d_in in (weight.d_in if weight.rows[0] else min(weight.d_in, weight.d_out),)
+            for d in {*range(SIZES, d_in, SIZES), d_in}
             for e in {*range(SIZES, weight.d_out, SIZES), weight.d_out}
         )
 

@@ -59,6 +59,15 @@ class Moments:
         """The moments of `x M` for the same rows; matrix [d, k]."""
         return Moments(self.count, self.total @ matrix, matrix.T @ self.gram @ matrix)
 
+    def mixed(self, other: Moments, share: float) -> Moments:
+        """These moments with a `share` of the rows as in `other`; their number stays."""
+        others = share * self.count / max(other.count, 1)
+        return Moments(
+            self.count,
+            (1 - share) * self.total + others * other.total,
+            (1 - share) * self.gram + others * other.gram,
+        )
+
     def kept(self, features: NDArray[np.intp]) -> Moments:
         """The moments of the same rows with only `features` of them, in that order."""
         return Moments(self.count, self.total[features], self.gram[np.ix_(features, features)])

@@ -20,6 +20,8 @@ import numpy as np
 from onnxlr.metrics import token_rows
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from numpy.typing import NDArray
 
 PATCH_ROWS = 4096
@@ -131,7 +133,7 @@ class Rows:
                 "x".join(map(str, size)) for size in (own.kernel, own.strides, own.dilations, own.pads, own.spread)
             )
             key = ":".join((":patches", *sizes, own.auto_pad))
-        return key + "".join(f":{part.index}/{part.count}" for part in self.parts)
+        return key + "".join(f":{part.axis}:{part.index}/{part.count}" for part in self.parts)
 
     def of(self, array: NDArray[Any], mask: NDArray[Any] | None = None) -> NDArray[Any]:
         """The rows [n, d] of `array`; those of padded tokens left out where a mask [N, S] is given.
@@ -167,3 +169,11 @@ class Rows:
     def shape(self, ordered: tuple[int, ...]) -> tuple[int, int]:
         """[n, d] of an array that has the shape `ordered` with its features last."""
         return prod(ordered[: -len(self.axes)]), prod(ordered[-len(self.axes) :])
+
+
+def side_by_side(axes: tuple[int, ...], counts: Mapping[int, int]) -> tuple[Rows, ...]:
+    """The rows of all groups: `counts` says which axes fall into parts, and into how many; the last runs fastest."""
+    return tuple(
+        Rows(axes, tuple(Part(axis, i, count) for i, (axis, count) in zip(index, counts.items(), strict=True)))
+        for index in np.ndindex(*counts.values())
+    )

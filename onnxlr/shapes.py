@@ -21,19 +21,21 @@ if TYPE_CHECKING:
     from onnxlr.data import Feed, Sample, TensorSpec
     from onnxlr.model_io import Model
 
+MEASURED = COUNTED | {"Gather"}
+"""Operators whose tensors are measured: a Gather multiplies nothing, but the pair in its place does."""
 IMAGE_SIDE, SEQUENCE_LENGTH = 224, 128
 """What a free axis is taken for when there is no data: those of an input of four axes for an image's, else a length."""
 
 
 def measure_shapes(model: Model, sample: Sample, *, provider: str = "cpu") -> dict[str, tuple[int, ...]]:
-    """The shapes, for `sample`, of all tensors that counted operators of the main graph read or write.
+    """The shapes, for `sample`, of all tensors that the operators `MEASURED` of the main graph read or write.
 
     Raises
     ------
     ModelError
         The model cannot run on `sample`.
     """
-    nodes = [node for node in model.proto.graph.node if node.op_type in COUNTED]
+    nodes = [node for node in model.proto.graph.node if node.op_type in MEASURED]
     tensors = list(dict.fromkeys(name for node in nodes for name in (*node.input, *node.output) if name))
     if not tensors:
         return {}

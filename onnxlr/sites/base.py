@@ -39,6 +39,8 @@ FLOATING = frozenset({"float16", "bfloat16", "float32", "float64"})
 
 INDEX_TYPES = frozenset({6, 7, 8, 9, 12, 13})
 """TensorProto's int32, int64, string, bool, uint32 and uint64: what shapes, indices and flags are stored in."""
+INDEX_DTYPES = frozenset({"int32", "int64", "uint32", "uint64", "bool", "object"})
+"""The names of the numpy dtypes of the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,7 @@ class Site:
     output
         The node's output tensor, by which the node is found in any copy of the graph.
     input
-        The tensor whose rows are `x`.
+        The tensor whose rows are `x`, or the indices that stand for them.
     weight
         The constant tensor that the node reads as its weight.
     d_in, d_out
@@ -82,13 +84,13 @@ class Site:
         Name of the weight's numpy dtype.
     input_rows, output_rows
         How `x` and `y` lie in the input and the output tensor, one a group. `output_rows` is empty where no tensor
-        shows `y`: the operator does more to it.
+        shows `y`: the operator does more to it. `input_rows` is empty where none shows `x`: indices stand for it.
     bias
         A constant vector added to the output, if there is one.
     opaque_addend
         The output contains something other than `x W` and `bias`, so its moments are not those of the layer.
-    leading_ones
-        Axes of length 1 before the two of the stored weight; they count towards the rank of the output.
+    leading
+        Lengths of the axes before the two of the stored weight; they count towards the rank of the output.
     layout
         What tells how factors are stored: sites of one weight with equal layouts share them.
     plain
@@ -114,7 +116,7 @@ class Site:
     output_rows: tuple[Rows, ...]
     bias: Bias | None
     opaque_addend: bool = False
-    leading_ones: int = 0
+    leading: tuple[int, ...] = ()
     layout: tuple[object, ...] = ()
     plain: bool = False
     kernel: tuple[int, ...] = ()
@@ -129,7 +131,7 @@ class Site:
     @property
     def groups(self) -> int:
         """The number of its matrices."""
-        return len(self.input_rows)
+        return len(self.input_rows or self.output_rows)
 
     @property
     def input_axis(self) -> int:
@@ -142,13 +144,36 @@ class Site:
         return self.output_rows[0].axis
 
     @property
+    def shows_output(self) -> bool:
+        """Whether a tensor shows `x W` and `bias`, and nothing else."""
+        return not self.opaque_addend and bool(self.output_rows)
+
+    @property
     def observes_output(self) -> bool:
-        """Whether the output is the smaller side to gather moments of, and shows the layer alone.
+        """Whether the output is the smaller side to gather moments of, or the only one, and shows the layer alone.
 
         Patches are costlier to gather than an output of the same width.
         """
-        patches = self.input_rows[0].patches is not None
-        return self.d_out < self.d_in + patches and not self.opaque_addend and bool(self.output_rows)
+        if not self.shows_output or not self.input_rows:
+            return self.shows_output
+        return self.d_out < self.d_in + (self.input_rows[0].patches is not None)
+
+
+def bias_behind(output: gs.Tensor, lengths: tuple[int, ...], view: GraphView) -> Bias | None:
+    """The constant that an Add behind `output` adds, if it has one value for each feature.
+
+    `lengths` are those of the last axes of the output, with 1 for each that counts rows.
+    """
+    if len(output.outputs) != 1 or output.name in view.graph_outputs or output.outputs[0].op != "Add":
+        return None
+    add = output.outputs[0]
+    other = add.inputs[1] if add.inputs[0] is output else add.inputs[0]
+    if other is output or not view.is_constant(other):
+        return None
+    shape = view.shape(other)
+    rank = max(len(shape), len(lengths))
+    same = (1,) * (rank - len(shape)) + shape == (1,) * (rank - len(lengths)) + lengths
+    return Bias(other.name, 1.0, add.outputs[0].name) if same and shape else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,21 +90,33 @@ class GraphView:
 
     def rank(self, tensor: gs.Tensor) -> int | None:
         """The number of axes of any tensor, where the graph or its inferred shapes tell."""
+        lengths = self.lengths(tensor)
+        return None if lengths is None else len(lengths)
+
+    def lengths(self, tensor: gs.Tensor) -> tuple[int | None, ...] | None:
+        """The shape of any tensor, where the graph or its inferred shapes tell; None for a length that is free."""
         if tensor.shape is not None:
-            return len(tensor.shape)
-        return self._inferred_ranks.get(tensor.name)
+            return tuple(length if isinstance(length, int) else None for length in tensor.shape)
+        value = self._inferred.get(tensor.name)
+        if value is None or not value.type.tensor_type.HasField("shape"):
+            return None
+        dims = value.type.tensor_type.shape.dim
+        return tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in dims)
+
+    def is_floating(self, tensor: gs.Tensor) -> bool:
+        """Whether the elements of any tensor are floating, or may be for all that the graph tells."""
+        element = tensor.dtype
+        if element is None and tensor.name in self._inferred:
+            element = self._inferred[tensor.name].type.tensor_type.elem_type or None
+        return element is None or "float" in _type_name(element)
 
     @cached_property
-    def _inferred_ranks(self) -> dict[str, int]:
+    def _inferred(self) -> dict[str, onnx.ValueInfoProto]:
         try:
             inferred = onnx.shape_inference.infer_shapes(self.model.proto)
-        except (RuntimeError, ValueError):  # an operator that onnx cannot infer; the rank then stays unknown
+        except (RuntimeError, ValueError):  # an operator that onnx cannot infer; what it would tell stays unknown
             return {}
-        return {
-            value.name: len(value.type.tensor_type.shape.dim)
-            for value in inferred.graph.value_info
-            if value.type.tensor_type.HasField("shape")
-        }
+        return {value.name: value for value in inferred.graph.value_info}
 
     def origins(self, tensor: gs.Tensor) -> set[str]:
         """The names of the floating sources that a constant tensor is made of."""
@@ -158,6 +170,12 @@ class GraphView:
 
     def _constant_data(self, node: gs.Node) -> bool:
         return bool(node.inputs) and self.is_constant(node.inputs[0])
+
+
+def _type_name(element: Any) -> str:
+    """Of a numpy dtype or a TensorProto type, such as "bfloat16"."""
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(element) if isinstance(element, int) else np.dtype(element)
+    return dtype.name
 
 
 def _producer(tensor: gs.Tensor) -> gs.Node | None:

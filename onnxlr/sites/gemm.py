@@ -64,7 +64,7 @@ class Gemm(Family):
             output_rows=(Rows((-2 if left else -1,)),),
             bias=bias,
             opaque_addend=addend is not None and bias is None,
-            layout=(-2 if left else -1, 0),
+            layout=(-2 if left else -1, ()),
             plain=not data_flipped,
             block_sides=_block_sides(node, view, flipped=data_flipped),
         )

@@ -20,6 +20,8 @@ from onnxlr.sites.base import INDEX_TYPES, Family, Refusal, Site
 from onnxlr.sites.constants import GraphView
 from onnxlr.sites.conv import Conv
 from onnxlr.sites.conv_transpose import ConvTranspose
+from onnxlr.sites.einsum import Einsum
+from onnxlr.sites.gather import Gather
 from onnxlr.sites.gemm import Gemm
 from onnxlr.sites.macs import macs
 from onnxlr.sites.matmul import MatMul
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
     from onnxlr.model_io import Model
 
 FAMILIES: dict[str, Family] = {
-    op: family for family in (MatMul(), Gemm(), Conv(), ConvTranspose()) for op in family.ops
+    op: family for family in (MatMul(), Gemm(), Einsum(), Gather(), Conv(), ConvTranspose()) for op in family.ops
 }
 """The family of every operator that can be compressed."""
 
@@ -65,9 +67,18 @@ class Weight:
     needs_input: bool = False
 
     @property
+    def shows_input(self) -> bool:
+        """Whether moments can be gathered of its inputs: no table is among its sites."""
+        return all(site.input_rows for site in self.sites)
+
+    @property
     def observes_output(self) -> bool:
-        """Whether moments are gathered of its outputs: they are the smaller side, and those of the input not needed."""
-        return not self.needs_input and all(site.observes_output for site in self.sites)
+        """Whether moments are gathered of its outputs: they are the smaller side, and those of the input not needed.
+
+        Where no tensor shows the input, they have to be.
+        """
+        smaller = not self.needs_input and all(site.observes_output for site in self.sites)
+        return smaller or not self.shows_input
 
     @property
     def groups(self) -> int:
@@ -192,7 +203,7 @@ def take_inventory(model: Model, shapes: Mapping[str, tuple[int, ...]] | None = 
     weights = []
     for members in _by_content(sites, nodes, view):
         sources = _sources(members, view)
-        reason = _shared_with_others(members, sources, nodes, view)
+        reason = _shared_with_others(members, sources, nodes, view) or _unobservable(members)
         if reason is not None:
             refusals += [_refusal(nodes[site.output], reason, view, shapes) for site in members]
             continue
@@ -256,7 +267,7 @@ def _by_content(sites: list[Site], nodes: Mapping[str, gs.Node], view: GraphView
     groups: dict[tuple[tuple[int, ...], str, bytes], list[list[Site]]] = {}
     for site in sites:
         matrix = _matrix(site, nodes, view)
-        sample = matrix[:: max(1, site.d_in // 8), :: max(1, site.d_out // 8)].tobytes()
+        sample = matrix[..., :: max(1, site.d_in // 8), :: max(1, site.d_out // 8)].tobytes()
         candidates = groups.setdefault((matrix.shape, site.dtype, sample), [])
         for members in candidates:
             if np.array_equal(_matrix(members[0], nodes, view), matrix):
@@ -292,8 +303,23 @@ def _shared_with_others(
                 return f"its weight {source!r} is also an output of the graph"
             if not any(reader is node for node in own):
                 name = reader.name or (reader.outputs[0].name if reader.outputs else "?")
-                return f"its weight {source!r} is also read by {reader.op} {name!r}, so a pair would only add to it"
+                reason = f"its weight {source!r} is also read by {reader.op} {name!r}, so a pair would only add to it"
+                # tied the other way round, such as a table and an output head: no one pair is the best of both
+                untied = ": a copy for each of them pays where both ranks are below half the break-even rank"
+                inner = not any(reader is node for node in nodes.values())
+                return reason + (untied if family_of(reader) is not None and not inner else "")
     return None
+
+
+def _unobservable(members: list[Site]) -> str | None:
+    """Why neither the input nor the output of all sites of a weight can be observed."""
+    table = next((site for site in members if not site.input_rows), None)
+    hidden = next((site for site in members if not site.shows_output), None)
+    if table is None or hidden is None:
+        return None
+    return (
+        f"Gather {table.name!r} shows only its output and {hidden.op} {hidden.name!r} of the same weight only its input"
+    )
 
 
 def _refusal(node: gs.Node, reason: str, view: GraphView, shapes: Mapping[str, tuple[int, ...]]) -> Refusal:

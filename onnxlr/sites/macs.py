@@ -9,6 +9,8 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING
 
+from onnxlr.sites.equation import spelled_out
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -55,7 +57,7 @@ def macs(node: gs.Node, shapes: Mapping[str, Shape]) -> int | None:
         return 0
     try:
         return _count(node, shapes)
-    except (KeyError, IndexError):
+    except (KeyError, IndexError, ValueError):  # a shape is unknown, or an equation unclear
         return None
 
 
@@ -83,10 +85,12 @@ def _count(node: gs.Node, shapes: Mapping[str, Shape]) -> int | None:
         steps, batch = of(0)[:2]
         return steps * batch * (prod(of(1)) + prod(of(2)))
     if node.op == "Einsum":
-        terms = node.attrs["equation"].replace(" ", "").split("->")[0].split(",")
-        if len(terms) != 2 or "." in terms[0] + terms[1]:
+        if len(node.inputs) != 2:
             return None
-        lengths = dict(zip("".join(terms), of(0) + of(1), strict=True))
+        terms, _ = spelled_out(node.attrs["equation"], (len(of(0)), len(of(1))))
+        lengths: dict[str, int] = {}
+        for letter, length in zip("".join(terms), of(0) + of(1), strict=True):
+            lengths[letter] = max(length, lengths.get(letter, 1))  # an axis of length 1 is broadcast
         return prod(lengths.values())
     if node.domain != "com.microsoft":  # ONNX's Attention: queries times keys, then scores times values
         past = of(4)[-2] if len(node.inputs) > 4 and node.inputs[4].name else 0

@@ -1,24 +1,31 @@
-"""MatMul with a constant on either side.
+"""MatMul with a constant on either side, one matrix or a batch of them.
 
 On the right, `y = x W`: features lie on the last axis, and the pair is `MatMul(MatMul(x, A), B)`. On the left,
-`y = W' x` with `W' = W^T`: features lie on axis -2, and the pair is `MatMul(B^T, MatMul(A^T, x))`. Leading axes of
-length 1 of the weight are kept, since they count towards the rank of the output. An Add of a constant vector behind
-the MatMul is its bias.
+`y = W' x` with `W' = W^T`: features lie on axis -2, and the pair is `MatMul(B^T, MatMul(A^T, x))`. An Add of a constant
+vector behind the MatMul is its bias.
+
+A weight `[*, K, N]` has a matrix for each index into its leading axes (the experts of a layer): they are its groups,
+and the factors `A [*, K, r]` and `B [*, r, N]` have the same leading axes. Data are broadcast against them; without
+such an axis, or of length 1 there, serve all groups. Leading axes of length 1 are kept, since they count towards the
+rank of the output.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxlr.rows import Rows
-from onnxlr.sites.base import BLOCKS_SINCE, FLOATING, Bias, Family, Site
+from onnxlr.rows import side_by_side
+from onnxlr.sites.base import BLOCKS_SINCE, FLOATING, Family, Site, bias_behind
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from onnxlr.rows import Rows
     from onnxlr.sites.constants import GraphView
 
 
@@ -42,13 +49,14 @@ class MatMul(Family):
             return f"opset {view.graph.opset} broadcasts an Add by an older rule: convert the model to 7 or newer"
         if len(shape) < 2:
             return "its weight is a vector"
-        if any(length != 1 for length in shape[:-2]):
-            return f"its weight is a batch of matrices, {list(shape)}: not supported yet"
-        if left and (view.rank(data) or 1) < 2:
-            return "its weight is on the left and the rank of its input is unknown or 1: run shape inference first"
+        leading, several = shape[:-2], prod(shape[:-2]) > 1
+        if (left or several) and (view.rank(data) or 1) < 2:
+            kind = "on the left" if left else "a batch of matrices"
+            return f"its weight is {kind} and the rank of its input is unknown or 1: run shape inference first"
         axis = -2 if left else -1
         d_in, d_out = shape[-2:][:: -1 if left else 1]
         output = node.outputs[0]
+        rows = side_by_side((axis,), {i - len(shape): length for i, length in enumerate(leading) if length > 1})
         return Site(
             name=node.name or output.name,
             op=node.op,
@@ -58,24 +66,27 @@ class MatMul(Family):
             d_in=d_in,
             d_out=d_out,
             dtype=dtype,
-            input_rows=(Rows((axis,)),),
-            output_rows=(Rows((axis,)),),
-            bias=_added_vector(output, d_out, axis, view),
-            leading_ones=len(shape) - 2,
-            layout=(axis, len(shape) - 2),
+            input_rows=tuple(_own_parts(each, view.lengths(data)) for each in rows),
+            output_rows=rows,
+            bias=bias_behind(output, _on_output(leading, d_out, axis), view),
+            leading=leading,
+            layout=(axis, leading),
             plain=len(shape) == 2,
-            block_sides=frozenset({"input", "output"} if view.graph.opset >= BLOCKS_SINCE else ()),
+            block_sides=frozenset({"input", "output"} if view.graph.opset >= BLOCKS_SINCE and not several else ()),
         )
 
     def matrix(self, site: Site, node: gs.Node, stored: NDArray[Any]) -> NDArray[np.float64]:
-        matrix = stored.reshape(stored.shape[-2:]).astype(np.float64)
-        return matrix.T if site.input_axis == -2 else matrix
+        groups = (site.groups,) if site.groups > 1 else ()
+        return _turned(site, stored.reshape(*groups, *stored.shape[-2:]).astype(np.float64))
 
     def stored(self, site: Site, matrix: NDArray[Any], *, reads_input: bool) -> NDArray[Any]:
-        turned = matrix.T if site.input_axis == -2 else matrix
-        return turned.reshape((1,) * site.leading_ones + turned.shape) if reads_input else turned
+        turned = _turned(site, matrix)
+        leading = site.leading if reads_input or site.groups > 1 else ()
+        return turned.reshape(*leading, *turned.shape[-2:])
 
     def stored_bias(self, site: Site, bias: NDArray[Any]) -> NDArray[Any]:
+        if site.groups > 1:
+            return bias.reshape(_on_output(site.leading, site.d_out, site.output_axis))
         return bias[:, None] if site.output_axis == -2 else bias
 
     def addend(self, node: gs.Node) -> gs.Tensor | None:
@@ -95,13 +106,18 @@ class MatMul(Family):
         return gs.Node("MatMul", name, inputs=[weight, data] if left else [data, weight], outputs=[output])
 
 
-def _added_vector(output: gs.Tensor, d_out: int, axis: int, view: GraphView) -> Bias | None:
-    if len(output.outputs) != 1 or output.name in view.graph_outputs or output.outputs[0].op != "Add":
-        return None
-    add = output.outputs[0]
-    other = add.inputs[1] if add.inputs[0] is output else add.inputs[0]
-    if other is output or not view.is_constant(other):
-        return None
-    shape = view.shape(other)
-    along_features = len(shape) >= -axis and shape[axis] == d_out and int(np.prod(shape)) == d_out
-    return Bias(other.name, 1.0, add.outputs[0].name) if along_features else None
+def _turned(site: Site, matrix: NDArray[Any]) -> NDArray[Any]:
+    return np.swapaxes(matrix, -1, -2) if site.input_axis == -2 else matrix
+
+
+def _on_output(leading: tuple[int, ...], d_out: int, axis: int) -> tuple[int, ...]:
+    return (*leading, 1, d_out) if axis == -1 else (*leading, d_out, 1)
+
+
+def _own_parts(rows: Rows, lengths: tuple[int | None, ...] | None) -> Rows:
+    """The same without parts of axes that data of these lengths lack: moments taken once serve all groups."""
+    if lengths is None:
+        return rows
+    return replace(
+        rows, parts=tuple(part for part in rows.parts if -part.axis <= len(lengths) and lengths[part.axis] != 1)
+    )

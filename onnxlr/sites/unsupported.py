@@ -10,8 +10,7 @@ QUANTIZED = "it is quantized already: compress before quantizing"
 LATER = "this operator is not supported yet"
 
 REASONS = {
-    "Gather": f"embedding table: {LATER}",
-    "Einsum": LATER,
+    "EmbedLayerNormalization": f"embedding tables of a fused operator: {LATER}, compress before fusing",
     "LSTM": f"recurrent weights: {LATER}",
     "GRU": f"recurrent weights: {LATER}",
     "RNN": f"recurrent weights: {LATER}",
@@ -37,5 +36,6 @@ REASONS = {
     "QOrderedMatMul": QUANTIZED,
     "QOrderedAttention": QUANTIZED,
     "QEmbedLayerNormalization": QUANTIZED,
+    "GatherBlockQuantized": QUANTIZED,
 }
 """By operator type, in any domain; only nodes that read a constant matrix (two axes or more) count."""
