@@ -106,9 +106,10 @@ def test_inspect(shelf: Path) -> None:
 
 def test_inspect_says_why_not(tmp_path: Path) -> None:
     model = onnx.parser.parse_model(
-        '<ir_version: 8, opset_import: ["" : 17]> g (float[N, 3, 8, 8] x) => (float[N, 4, 6, 6] y) { y = Conv(x, w) }'
+        '<ir_version: 8, opset_import: ["" : 17]> g (float[N, 4, 8, 8] x) => (float[N, 4, 6, 6] y) '
+        "{ y = Conv<group = 4>(x, w) }"
     )
-    kernel = np.ones((4, 3, 3, 3), np.float32)
+    kernel = np.ones((4, 1, 3, 3), np.float32)
     model.graph.initializer.append(numpy_helper.from_array(kernel, "w"))
     onnx.save(model, tmp_path / "conv.onnx")
     (refusal,) = figures(invoke("inspect", tmp_path / "conv.onnx", "--json"))["refusals"]

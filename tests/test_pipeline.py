@@ -234,12 +234,12 @@ def test_the_report_lists_everything(tmp_path: Path) -> None:
         "w": decaying(generator, 1024, 32),
     }
     model = parse(
-        """g (float[N, 1, 16, 16] x) => (float[N, 32] y) {
-            c = Conv<pads = [1, 1, 1, 1]>(x, kernel)  f = Reshape(c, flat)  y = MatMul(f, w)
+        """g (float[N, 4, 16, 16] x) => (float[N, 32] y) {
+            c = Conv<group = 4, pads = [1, 1, 1, 1]>(x, kernel)  f = Reshape(c, flat)  y = MatMul(f, w)
         }""",
         weights,
     )
-    data = generator.standard_normal((40, 1, 16, 16)).astype(np.float32)
+    data = generator.standard_normal((40, 4, 16, 16)).astype(np.float32)
     report, _ = shrink(model, [{"x": x[None]} for x in data], tmp_path, Target("keep_params", 0.5))
     report.save(tmp_path / "r.json")
     document = json.loads((tmp_path / "r.json").read_text(), parse_constant=pytest.fail)
