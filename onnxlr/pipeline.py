@@ -314,9 +314,9 @@ def _costs(case: Case, config: Config) -> Costs:
     feed = _bench_feed(case, config)
     (dense,) = compare_latency([case.model], feed, provider=config.provider, threads=config.threads)
     timings = Timings(provider=config.provider, threads=config.threads, dtype=_dtype(case.weights))
-    return Latency(
-        case.inventory, timings, sample_count(feed, case.inputs), 1e3 * dense.p10_ms
-    )  # other load only ever adds
+    # a batch that is fixed is what rows were counted for; and other load only ever adds
+    times = 1 if fixed_batch(case.inputs) else sample_count(feed, case.inputs)
+    return Latency(case.inventory, timings, times, 1e3 * dense.p10_ms)
 
 
 def _dtype(weights: Sequence[Weight]) -> str:

@@ -321,7 +321,7 @@ def _stands_for_several(domain: str, op: str) -> bool:
 def _spec(kind: str, argument: Any) -> TensorSpec:
     try:
         return TensorSpec(argument.name, element_type(argument.type), tuple(argument.shape))
-    except TypeError:
+    except (TypeError, ValueError):
         raise ModelError(
             f"{kind} {argument.name!r} of the model is of type {argument.type}: only dense tensors can be fed and "
             f"compared, so take it off the graph's {kind}s"
