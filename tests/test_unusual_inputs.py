@@ -151,7 +151,7 @@ def unusual() -> list[Unusual]:
                 ir_version=3,
             ),
             flat,
-        ),  # fmt: skip
+        ),
         Unusual(
             "an input that nothing reads",
             parse(f"g (float[N, 32] x, int64[N] n) => (float[N, 32] y) {{ {TWO_LAYERS} }}", W),
