@@ -123,6 +123,8 @@ class Session:
         What the model takes and gives.
     computes
         "float32" where a bfloat16 model is run as its float32 self, since this provider cannot run it; else "".
+    native
+        Whether onnxruntime by itself runs the model on numpy arrays, so that other tools can.
     """
 
     def __init__(
@@ -182,6 +184,10 @@ class Session:
                 TensorSpec(spec.name, np.dtype(onnx.helper.tensor_dtype_to_np_dtype(stated[spec.name])), spec.shape)
                 for spec in self.inputs
             ]
+
+    @property
+    def native(self) -> bool:
+        return self._plain and not self.computes
 
     def _load(self, model: Model, options: Any) -> Any:
         content = self._content(model, options)

@@ -20,6 +20,7 @@ from onnxlr.errors import ModelError, RangeError
 from onnxlr.factorize import Factors
 from onnxlr.forms import LARGEST, Stored, Window, holds
 from onnxlr.gram import Moments
+from onnxlr.latency import Timings
 from onnxlr.model_io import from_proto, load, save
 from onnxlr.pipeline import _costs
 from onnxlr.precision import half_types, widened, widened_feed
@@ -27,7 +28,7 @@ from onnxlr.report.terminal import render_report, render_validation
 from onnxlr.session import Session
 from onnxlr.sites import take_inventory
 from onnxlr.trial import Trial
-from tests.conftest import decaying, parse, rows
+from tests.conftest import decaying, invoke, parse, rows
 from tests.models import parsed, random, relative
 
 if TYPE_CHECKING:
@@ -319,3 +320,27 @@ def test_latency_is_planned_in_the_type_of_the_model(dtype: str, monkeypatch: py
     config = Config(target=Target("max_latency", 0.9), **SMALL)
     _costs(prepare(two_layers(dtype), {"x": data(dtype)}, config), config)
     assert asked == [dtype]
+
+
+def test_the_command_line_goes_all_the_way_in_bfloat16(tmp_path: Path) -> None:
+    onnx.save(two_layers("bfloat16"), tmp_path / "dense.onnx")
+    np.savez(tmp_path / "data.npz", x=data("bfloat16").astype(np.float32))
+    dense, small, given = tmp_path / "dense.onnx", tmp_path / "small.onnx", tmp_path / "data.npz"
+    options = ("--objective", "output", "--keep-params", 0.8, "--rank-multiple", 4, "--threads", 1)
+    done = invoke("compress", dense, "--calib", given, "-o", small, *options)
+    assert done.code == 0
+    assert "has no kernels for bfloat16 and computes the model in float32" in " ".join(done.out.split())
+    checked = invoke("validate", dense, small, "--data", given, "--max-error", 0.2)
+    assert checked.code == 0
+    assert "polygraphy is left out" in checked.out
+    refused = invoke("validate", dense, small, "--data", given, "--polygraphy", tmp_path / "check")
+    assert refused.code == 2
+    assert "polygraphy is left out" in refused.err
+    assert not (tmp_path / "check").exists()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_products_are_timed_in_half_precision(dtype: str) -> None:
+    timings = Timings(threads=1, dtype=dtype)
+    assert timings.product(64, 32, 256) > timings.product(64, 32, 16) > 0
+    assert timings.moved(64, 256) > 0
