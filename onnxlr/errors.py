@@ -7,6 +7,7 @@
     │   └── ExternalDataError                its external data are missing, truncated or outside its folder
     ├── DataError                            calibration data that do not exist, do not fit or are not finite
     ├── StatsError                           a moments file of another model, or without the moments asked for
+    ├── RangeError                           a factor has numbers beyond the weight's element type
     ├── OutputError                          an output exists already, or cannot be written
     └── GateError              exit code 3   a target or a parity gate was not met
 
@@ -48,6 +49,10 @@ class DataError(OnnxlrError):
 
 class StatsError(OnnxlrError):
     """A moments file of another model, or without the moments that were asked for."""
+
+
+class RangeError(OnnxlrError):
+    """A factor with numbers beyond the element type of the weight that it stands for."""
 
 
 class OutputError(OnnxlrError):

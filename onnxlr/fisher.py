@@ -6,6 +6,8 @@ gradients of `<u, o>` at the site weigh `e` as the network does: `E ||J e||^2 = 
 the squared error of the outputs). Every output is scaled to a root mean square of 1, so that relative errors count.
 An output that is a softmax or sigmoid is probed before it: probabilities near 0 and 1 have no gradient left.
 
+A half-precision model is differentiated as its float32 self: gradients that pass through float16 overflow or vanish.
+
 Where there are labels and a loss, the gradients can be those of the loss instead (the empirical Fisher matrix): errors
 then count where they change the loss, and not where the network is wrong or indifferent already.
 """
@@ -26,6 +28,7 @@ from onnxlr.data import batches, sample_count
 from onnxlr.errors import ModelError
 from onnxlr.gram import Moments
 from onnxlr.metrics import token_rows
+from onnxlr.precision import half_types, widened, widened_feed
 from onnxlr.task_loss import TaskLoss, scores_of
 
 if TYPE_CHECKING:
@@ -72,6 +75,8 @@ def gradient_moments(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    half = bool(half_types(model))
+    model = widened(model) if half else model
     graph = to_torch(model).to(device)
     sites = {site.output: site for weight in inventory.weights for site in weight.sites if site.output_rows}
     probed = scores_of(model, graph.outputs)
@@ -79,7 +84,8 @@ def gradient_moments(
     sums: dict[str, Moments] = {}
     loss = None if config.loss is None else TaskLoss(config.loss)
     first = 0
-    for feed in batches(samples, config.batch, inputs):
+    for given_feed in batches(samples, config.batch, inputs):
+        feed = widened_feed(given_feed) if half else given_feed
         if first == 0:
             with torch.autocast(device.type, enabled=False):
                 check_parity(graph, model, [feed])

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 MAX_CONDITION = {"float64": 1e6, "float32": 1e4, "float16": 30.0, "bfloat16": 10.0}
 """The largest condition number of a block's window, by dtype: it costs its logarithm in digits."""
+LARGEST = {"float16": 65504.0}
+"""The largest number of a dtype, where factors of a weight that fits it may be beyond."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +156,13 @@ def best_window(factor: Matrix, side: Side) -> Window:
     conditions = {start: float(np.linalg.cond(square[start : start + rank])) for start in (0, len(square) - rank)}
     start = min(conditions, key=lambda key: conditions[key])
     return Window(side, start, conditions[start])
+
+
+def holds(dtype: str, block: Stored) -> bool:
+    """Whether a block is fit to be stored in `dtype`: its window well conditioned, its matrices in range."""
+    matrices = (block.second,) if block.first is None else (block.first, block.second)
+    in_range = all(np.abs(matrix).max(initial=0.0) <= LARGEST.get(dtype, np.inf) for matrix in matrices)
+    return in_range and (block.window is None or block.window.condition <= MAX_CONDITION[dtype])
 
 
 def as_block(pair: Stored, window: Window) -> Stored:

@@ -38,6 +38,7 @@ from onnxlr.forms import (
     as_shared_block,
     best_window,
     block_products,
+    holds,
     pair_products,
 )
 from onnxlr.layer import stacked
@@ -131,9 +132,10 @@ class Single:
                 return {part.name: pair}
             assert pair.first is not None
             window = best_window(pair.first if side == "input" else pair.second, side)
-            if window.condition > MAX_CONDITION[part.weight.dtype]:
+            dtype = part.weight.dtype
+            if window.condition > MAX_CONDITION[dtype] or not holds(dtype, block := as_block(pair, window)):
                 raise BadlyConditionedError([part.block(rank)])
-            return {part.name: as_block(pair, window)}
+            return {part.name: block}
 
         return store
 
@@ -178,10 +180,11 @@ class Shared:
             factors = decomposition.cut(rank)
             pairs = self._split(factors)
             if final and form == "block":
-                window = best_window(factors.first, "input")
-                if window.condition > MAX_CONDITION[self.parts[0].weight.dtype]:
+                window, dtype = best_window(factors.first, "input"), self.parts[0].weight.dtype
+                if window.condition <= MAX_CONDITION[dtype]:
+                    pairs = as_shared_block(pairs, window)
+                if not all(pair.window and holds(dtype, pair) for pair in pairs):
                     raise BadlyConditionedError([self.parts[0].block(rank, shared=True)])
-                pairs = as_shared_block(pairs, window)
             return {part.name: pair for part, pair in zip(self.parts, pairs, strict=True)}
 
         cuts = {part.name: Cut(form, rank, part.width, shared=True) for part in self.parts}
@@ -290,7 +293,7 @@ class Chained:
         bad = [
             (part.name, cut.width, cut.rank or 0)
             for part, cut in zip(blocks, cuts, strict=True)
-            if _condition(result[part.name]) > MAX_CONDITION[part.weight.dtype]
+            if not holds(part.weight.dtype, result[part.name])
         ]
         if bad:
             raise BadlyConditionedError(bad)
@@ -330,10 +333,6 @@ def _side_by_side(parts: Sequence[Part], terms: Terms) -> list[Option[Choice]]:
 
 def _joined_options(groups: Sequence[Group], terms: Terms) -> list[Option[tuple[Choice, ...]]]:
     return joined([group.options(terms) for group in groups])
-
-
-def _condition(stored: Stored) -> float:
-    return 1.0 if stored.window is None else stored.window.condition
 
 
 def _read_one_tensor(parts: Sequence[Part]) -> bool:

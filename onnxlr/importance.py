@@ -99,11 +99,13 @@ def measure_again(
     parts = [part for group in groups for part in group.parts]
     cut = factors(parts, choice.store(False))
     whole = trial.error(cut, probed) ** 2
+    if not np.isfinite(whole):
+        return dict(importance)
     changes: dict[int, float] = {}
     for number, group in enumerate(groups):
         names = {part.name for part in group.parts}
         predicted = sum(choice.damages[name] for name in names)
-        if predicted > 0:
+        if 0 < predicted < np.inf:
             others = {name: pair for name, pair in cut.items() if name not in names}
             gained = whole - trial.error(others, probed) ** 2
             changes[number] = float(np.clip(gained / predicted, 1 / MOST_CORRECTED, MOST_CORRECTED))

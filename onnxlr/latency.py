@@ -250,8 +250,8 @@ def _tree(leaves: Sequence[_Leaf], element: int) -> tuple[Model, Feed]:
     rng = np.random.default_rng(0)
     dtype = helper.tensor_dtype_to_np_dtype(element)
 
-    def array(*shape: int) -> np.ndarray[Any, Any]:
-        return rng.standard_normal(shape, np.float32).astype(dtype)
+    def array(*shape: int, scale: float = 1.0) -> np.ndarray[Any, Any]:
+        return (scale * rng.standard_normal(shape, np.float32)).astype(dtype)
 
     def graph(name: str, nodes: list[NodeProto], weights: Sequence[TensorProto]) -> GraphProto:
         out = helper.make_tensor_value_info(nodes[-1].output[0], TensorProto.INT64, None)
@@ -275,7 +275,7 @@ def _tree(leaves: Sequence[_Leaf], element: int) -> tuple[Model, Feed]:
             leaf.nodes(name) if low % 2 == 0 else ([], [next(iter(leaf.data(i))) for i in range(leaf.copies)])
         )
         weights = [
-            numpy_helper.from_array(array(leaf.widths[0], leaf.d_out) / leaf.widths[0] ** 0.5, f"{name}/w{i}")
+            numpy_helper.from_array(array(leaf.widths[0], leaf.d_out, scale=leaf.widths[0] ** -0.5), f"{name}/w{i}")
             for i in range(leaf.copies if nodes and leaf.d_out else 0)
         ]
         shapes = [f"{name}/s{i}" for i in range(leaf.copies)]

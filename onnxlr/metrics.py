@@ -99,7 +99,8 @@ class OutputComparison:
         if reference.shape != candidate.shape:
             raise DataError(
                 f"output {self.name!r}: the reference gives the shape {list(reference.shape)}, the candidate "
-                f"{list(candidate.shape)}: only models with the same outputs can be compared"
+                f"{list(candidate.shape)}: only models with the same outputs can be compared; where the values decide "
+                "how many there are (NonZero, NonMaxSuppression), end the graph before that"
             )
         floating = is_floating(reference.dtype)
         if is_floating(candidate.dtype) != floating or self._floating not in (None, floating):

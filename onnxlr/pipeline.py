@@ -6,6 +6,7 @@ compress = sites -> moments -> decompositions -> ranks under a target -> rewrite
 from __future__ import annotations
 
 import time
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -312,10 +313,18 @@ def _costs(case: Case, config: Config) -> Costs:
         return Parameters(case.inventory)
     feed = _bench_feed(case, config)
     (dense,) = compare_latency([case.model], feed, provider=config.provider, threads=config.threads)
-    timings = Timings(provider=config.provider, threads=config.threads)
-    return Latency(
-        case.inventory, timings, sample_count(feed, case.inputs), 1e3 * dense.p10_ms
-    )  # other load only ever adds
+    timings = Timings(provider=config.provider, threads=config.threads, dtype=_dtype(case.weights))
+    # a batch that is fixed is what rows were counted for; and other load only ever adds
+    times = 1 if fixed_batch(case.inputs) else sample_count(feed, case.inputs)
+    return Latency(case.inventory, timings, times, 1e3 * dense.p10_ms)
+
+
+def _dtype(weights: Sequence[Weight]) -> str:
+    """The element type that most of the weights' numbers have."""
+    numbers: Counter[str] = Counter()
+    for weight in weights:
+        numbers[weight.dtype] += weight.parameters
+    return numbers.most_common(1)[0][0] if numbers else "float32"
 
 
 def _bench_feed(case: Case, config: Config) -> Feed:

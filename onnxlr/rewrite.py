@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxlr.errors import OnnxlrError
+from onnxlr.errors import RangeError
 from onnxlr.model_io import from_proto
 from onnxlr.sites import FAMILIES, by_output
 from onnxlr.sites.emit import Parts
@@ -54,7 +54,7 @@ def lay_out(inventory: Inventory, weight: Weight, stored: Stored) -> list[SiteAr
 
     Raises
     ------
-    OnnxlrError
+    RangeError
         A factor overflows the weight's dtype.
     """
     dtype = np.dtype(ml_dtypes.bfloat16) if weight.dtype == "bfloat16" else np.dtype(weight.dtype)
@@ -99,7 +99,7 @@ def _cast(array: NDArray[Any], dtype: np.dtype[Any], site: Site) -> NDArray[Any]
     with np.errstate(over="ignore"):
         cast = np.ascontiguousarray(array, dtype)
     if not np.isfinite(cast.astype(np.float64)).all():
-        raise OnnxlrError(f"a factor of {site.name!r} overflows {dtype}: leave it out with --exclude {site.name!r}")
+        raise RangeError(f"a factor of {site.name!r} overflows {dtype}: leave it out with --exclude {site.name!r}")
     return cast
 
 
@@ -185,7 +185,7 @@ def rewrite(inventory: Inventory, stored: Mapping[str, Stored]) -> Model:
 
     Raises
     ------
-    OnnxlrError
+    RangeError
         A factor overflows the weight's dtype.
     """
     layouts = [

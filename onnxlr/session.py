@@ -3,10 +3,15 @@
 A `Session` is one loaded model on one execution provider. It never falls back to another provider in silence, and it
 can run in streaming order, where every node runs as soon as its inputs exist: probes added to a graph then free the
 activations they read at once, instead of keeping all of them alive to the end of the run.
+
+onnxruntime's CPU computes next to nothing in bfloat16 (no MatMul, no Add; it casts and moves such tensors). A model
+that it refuses for that is run as its float32 self there, and `computes` says so. Its Python interface has no numpy
+type for bfloat16 either, on no provider: such arrays pass through OrtValues.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import os
 import tempfile
@@ -14,6 +19,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 
@@ -21,6 +27,7 @@ from onnxlr.data import TensorSpec
 from onnxlr.errors import InstallError, ModelError, OutputError
 from onnxlr.external_data import inline_bytes
 from onnxlr.model_io import load
+from onnxlr.precision import half_types, widened, widened_feed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -39,6 +46,9 @@ PROVIDERS = {
     "coreml": "CoreMLExecutionProvider",
 }
 """The `--provider` names and onnxruntime's own names of them; any other onnxruntime name is taken as it is."""
+
+
+BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
 
 
 def import_onnxruntime() -> Any:
@@ -74,15 +84,9 @@ def element_type(name: str) -> np.dtype[Any]:
     """The numpy dtype of an onnxruntime type such as "tensor(float)"."""
     element = name.removeprefix("tensor(").removesuffix(")")
     if element == "bfloat16":
-        import ml_dtypes
-
-        bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
-        return bfloat16
+        return BFLOAT16
     names = {"float": "float32", "double": "float64", "string": "object"}
-    try:
-        return np.dtype(names.get(element, element))
-    except TypeError:
-        raise ModelError(f"an input or output has the type {name}, which is not a dense tensor of numbers") from None
+    return np.dtype(names.get(element, element))
 
 
 class Session:
@@ -110,6 +114,17 @@ class Session:
         onnxruntime is missing, or this build or machine lacks the provider.
     ModelError
         onnxruntime refuses the model.
+
+    Attributes
+    ----------
+    name, provider
+        The model's path, and onnxruntime's name of the provider.
+    inputs, outputs
+        What the model takes and gives.
+    computes
+        "float32" where a bfloat16 model is run as its float32 self, since this provider cannot run it; else "".
+    native
+        Whether onnxruntime by itself runs the model on numpy arrays, so that other tools can.
     """
 
     def __init__(
@@ -147,18 +162,39 @@ class Session:
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", os.fspath(model.folder.resolve())
         )
-        content = self._content(model, options)
+        self.computes = ""
         try:
-            self._session = ort.InferenceSession(content, options, providers=[self._provider_options()])
-        except Exception as error:  # onnxruntime raises a dozen unrelated types
-            raise ModelError(f"onnxruntime cannot load {self.name}: {_first_line(error)}") from error
+            self._session = self._load(model, options)
+        except ModelError as error:
+            lacking = self.provider == PROVIDERS["cpu"] and "NOT_IMPLEMENTED" in str(error)
+            if not lacking or "bfloat16" not in half_types(model):
+                raise
+            self._session, self.computes = self._load(widened(model), options), "float32"
         if self.provider not in self._session.get_providers():
             raise InstallError(
                 f"onnxruntime could not start {self.provider} on this machine and fell back to "
                 f"{', '.join(self._session.get_providers())}: check the driver, or choose --provider cpu"
             )
-        self.inputs = [_spec(argument) for argument in self._session.get_inputs()]
-        self.outputs = [_spec(argument) for argument in self._session.get_outputs()]
+        self.inputs = [_spec("input", argument) for argument in self._session.get_inputs()]
+        self.outputs = [_spec("output", argument) for argument in self._session.get_outputs()]
+        self._plain = all(spec.dtype != BFLOAT16 for spec in (*self.inputs, *self.outputs))
+        if self.computes:
+            stated = {value.name: value.type.tensor_type.elem_type for value in model.proto.graph.input}
+            self.inputs = [
+                TensorSpec(spec.name, np.dtype(onnx.helper.tensor_dtype_to_np_dtype(stated[spec.name])), spec.shape)
+                for spec in self.inputs
+            ]
+
+    @property
+    def native(self) -> bool:
+        return self._plain and not self.computes
+
+    def _load(self, model: Model, options: Any) -> Any:
+        content = self._content(model, options)
+        try:
+            return import_onnxruntime().InferenceSession(content, options, providers=[self._provider_options()])
+        except Exception as error:  # onnxruntime raises a dozen unrelated types
+            raise ModelError(f"onnxruntime cannot load {self.name}: {_first_line(error)}") from error
 
     def _content(self, model: Model, options: Any) -> bytes:
         """The model's bytes; weights that are too many for one protobuf go to `options` instead."""
@@ -186,12 +222,33 @@ class Session:
             The model fails on this feed.
         """
         names = [spec.name for spec in self.outputs] if outputs is None else list(outputs)
+        given = widened_feed(feed) if self.computes else dict(feed)
         try:
-            values = self._session.run(names, dict(feed))
+            values = self._session.run(names, given) if self._plain else self._run_boxed(names, given)
         except Exception as error:
             shapes = ", ".join(f"{name} {list(np.shape(array))}" for name, array in list(feed.items())[:4])
             raise ModelError(f"{self.name} fails on a feed ({shapes}): {_first_line(error)}") from error
         return dict(zip(names, values, strict=True))
+
+    def _run_boxed(self, names: Sequence[str], feed: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """`run` by way of OrtValues, in which onnxruntime takes and gives bfloat16."""
+        box, element = import_onnxruntime().OrtValue, onnx.TensorProto.BFLOAT16
+        boxed = {
+            name: box.ortvalue_from_numpy_with_onnx_type(np.ascontiguousarray(array), element)
+            if array.dtype == BFLOAT16
+            else box.ortvalue_from_numpy(array)
+            for name, array in feed.items()
+        }
+        return [_unboxed(value) for value in self._session.run_with_ort_values(names, boxed)]
+
+
+def _unboxed(value: Any) -> np.ndarray:
+    if value.element_type() != onnx.TensorProto.BFLOAT16:
+        array: np.ndarray = value.numpy()
+        return array
+    size = value.tensor_size_in_bytes()
+    raw = ctypes.string_at(value.data_ptr(), size) if size else b""
+    return np.frombuffer(raw, BFLOAT16).reshape(value.shape())
 
 
 def fused_operators(model: Model, *, provider: str = "cpu", threads: int = 0) -> dict[str, int]:
@@ -267,8 +324,14 @@ def _stands_for_several(domain: str, op: str) -> bool:
     return bool(schema.has_function or schema.has_context_dependent_function)
 
 
-def _spec(argument: Any) -> TensorSpec:
-    return TensorSpec(argument.name, element_type(argument.type), tuple(argument.shape))
+def _spec(kind: str, argument: Any) -> TensorSpec:
+    try:
+        return TensorSpec(argument.name, element_type(argument.type), tuple(argument.shape))
+    except (TypeError, ValueError):
+        raise ModelError(
+            f"{kind} {argument.name!r} of the model is of type {argument.type}: only dense tensors can be fed and "
+            f"compared, so take it off the graph's {kind}s"
+        ) from None
 
 
 def _first_line(error: Exception) -> str:

@@ -77,7 +77,7 @@ def summarize(
         recovery=recovery,
         weights=weights,
         refusals=tuple(RefusalReport(r.name, r.op, r.reason, r.parameters, r.macs) for r in case.inventory.refusals),
-        warnings=tuple(_warnings(case, parts, weights, counted=None not in fused)),
+        warnings=tuple(_warnings(case, parts, weights, validation, counted=None not in fused)),
         seconds=seconds,
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         versions={
@@ -158,7 +158,11 @@ def _reason(part: Part, cut: Cut, config: Config) -> str:
     return f"{config.target} is best met with it dense"
 
 
-def _warnings(case: Case, parts: Sequence[Part], weights: Sequence[WeightReport], *, counted: bool) -> Iterator[str]:
+def _warnings(
+    case: Case, parts: Sequence[Part], weights: Sequence[WeightReport], validation: Validation, *, counted: bool
+) -> Iterator[str]:
+    if validation.no_noise:
+        yield f"the model's own half-precision noise is unknown: {validation.no_noise}"
     for part in parts:
         if part.rows is not None and part.rows <= part.dim:
             yield (

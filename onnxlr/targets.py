@@ -96,7 +96,8 @@ class Planner:
         """
         flag = self._terms.costs.flag
         if not self.whole:
-            raise GateError(f"{flag} cannot be met: the model has no MACs that could be counted")
+            lacking = "parameters" if flag == "--keep-params" else "MACs that could be counted"
+            raise GateError(f"{flag} cannot be met: the model has no {lacking}")
         try:
             chosen = self._allocate(budget * ROUNDING - self._rest)
         except BudgetTooSmall as refusal:

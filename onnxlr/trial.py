@@ -7,7 +7,7 @@ and it measures what each weight's cut does to the model's output, one weight at
 
 from __future__ import annotations
 
-from math import prod
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnxlr.data import batches, sample_count
+from onnxlr.errors import RangeError
 from onnxlr.forms import Stored
 from onnxlr.metrics import MeanMetric, load_metric, relative_error
 from onnxlr.rewrite import emit, lay_out
@@ -116,12 +117,18 @@ class Trial:
             yield self._session.run({**feed, **arrays})
 
     def error(self, factors: Mapping[str, Factors], observed: Observed) -> float:
-        """The relative error of the outputs with the weights in `factors` cut and all others dense."""
+        """The relative error of the outputs with the weights in `factors` cut and all others dense.
+
+        Infinite where the model's element type cannot hold a factor.
+        """
         runs = (
             (feed, reference, candidate)
             for (feed, reference, _), candidate in zip(observed, self._outputs(factors, observed), strict=True)
         )
-        return relative_error(compare(runs, mask=self._mask))
+        try:
+            return relative_error(compare(runs, mask=self._mask))
+        except RangeError:
+            return math.inf
 
     def metric(self, factors: Mapping[str, Factors], observed: Observed) -> float:
         """The task metric with the weights in `factors` cut, on samples observed with their labels."""
@@ -139,6 +146,6 @@ def _named(layouts: Iterable[SiteArrays]) -> dict[str, NDArray[Any]]:
 
 def _dense(matrix: NDArray[np.float64], corrected: bool) -> Stored:
     *groups, d_in, d_out = matrix.shape
-    bias = np.zeros(prod(groups) * d_out) if corrected else None
+    bias = np.zeros(math.prod(groups) * d_out) if corrected else None
     same = np.broadcast_to(np.eye(min(d_in, d_out)), (*groups, min(d_in, d_out), min(d_in, d_out)))
     return Stored(matrix, same, bias) if d_out <= d_in else Stored(same, matrix, bias)

@@ -4,6 +4,10 @@ Both models get the same feeds. Every output is compared as `onnxlr.metrics` def
 mask names the real ones, and one figure is made of all outputs:
 
     error = sqrt(mean over floating outputs of relative_l2^2)          passed: error <= max_error
+
+A half-precision reference is off by its own rounding. So it is also compared with its float32 self, on the same feeds:
+the error of that is the `noise` that any error of the candidate is to be read beside. It is that of the provider at
+hand: onnxruntime's CPU computes float16 models in float32 from one operator to the next and rounds less than a GPU.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from onnxlr.calibrate import mask_of
 from onnxlr.data import numbered_batches
 from onnxlr.errors import ConfigError, DataError, ModelError
 from onnxlr.metrics import MeanMetric, OutputComparison, is_floating, load_metric, relative_error, token_rows
+from onnxlr.precision import half_types, widened, widened_feed
 from onnxlr.session import Session
 
 if TYPE_CHECKING:
@@ -46,6 +51,11 @@ class Validation:
         The gate.
     passed : bool or None
         Whether the gate is met; None without one.
+    noise : float or None
+        The same figure of the reference beside its float32 self: what half precision costs by itself. None for a model
+        that has no tensor in half precision, or where it cannot be measured.
+    no_noise : str
+        Why it cannot be; else "".
     """
 
     samples: int
@@ -56,6 +66,8 @@ class Validation:
     metric_b: float | None
     max_error: float | None
     passed: bool | None
+    noise: float | None = None
+    no_noise: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -125,6 +137,7 @@ def validate(
     means = (MeanMetric(metric, function), MeanMetric(metric, function))
     session_a, session_b = (Session(model, provider=provider, threads=threads) for model in (a, b))
     check_same_interface(session_a, session_b)
+    noise = _Noise(a, session_a, provider=provider, threads=threads)
     samples = 0
 
     def run() -> Iterator[tuple[Feed, Outputs, Outputs]]:
@@ -134,6 +147,7 @@ def validate(
             if labels is not None:
                 for mean, values in zip(means, outputs, strict=True):
                     mean.update(values, labels[indices])
+            noise.update(feed, outputs[0], mask)
             yield feed, *outputs
             samples += len(indices)
             progress(len(indices))
@@ -151,6 +165,8 @@ def validate(
         metric_b=means[1].value,
         max_error=max_error,
         passed=None if max_error is None else error <= max_error,
+        noise=noise.value,
+        no_noise=noise.reason,
     )
 
 
@@ -176,11 +192,44 @@ def compare(runs: Iterable[tuple[Feed, Outputs, Outputs]], *, mask: str | None =
     """
     comparisons: dict[str, OutputComparison] = {}
     for feed, reference, candidate in runs:
-        real = mask_of(feed, mask)
-        for name, array in reference.items():
-            rows = None if real is None else token_rows(real, array.shape)
-            comparisons.setdefault(name, OutputComparison(name)).update(array, candidate[name], rows)
+        _add(comparisons, reference, candidate, mask_of(feed, mask))
     return tuple(comparison.result() for comparison in comparisons.values())
+
+
+def _add(comparisons: dict[str, OutputComparison], reference: Outputs, candidate: Outputs, real: Array | None) -> None:
+    for name, array in reference.items():
+        rows = None if real is None else token_rows(real, array.shape)
+        comparisons.setdefault(name, OutputComparison(name)).update(array, candidate[name], rows)
+
+
+class _Noise:
+    """A half-precision model beside its float32 self, batch by batch; that it has none is no failure, but a reason."""
+
+    def __init__(self, model: Model, session: Session, *, provider: str, threads: int) -> None:
+        self._comparisons: dict[str, OutputComparison] = {}
+        self._session: Session | None = None
+        self.reason = ""
+        if session.computes:
+            self.reason = f"{session.provider} has no kernels for bfloat16 and computes the model in {session.computes}"
+        elif half_types(model):
+            try:
+                self._session = Session(widened(model), provider=provider, threads=threads)
+            except ModelError as error:
+                self.reason = str(error)
+
+    def update(self, feed: Feed, outputs: Outputs, mask: str | None) -> None:
+        if self._session is None:
+            return
+        try:
+            _add(self._comparisons, self._session.run(widened_feed(feed)), outputs, mask_of(feed, mask))
+        except (ModelError, DataError) as error:
+            self._session, self.reason = None, f"the model's float32 self cannot be compared with it: {error}"
+
+    @property
+    def value(self) -> float | None:
+        if self._session is None:
+            return None
+        return relative_error(comparison.result() for comparison in self._comparisons.values())
 
 
 def check_same_interface(a: Session, b: Session) -> None:

@@ -35,6 +35,10 @@ def numbers(dataset: Dataset) -> list[int]:
         ([("N", 3), (None, 3)], False, None),
         ([(4, 3), (2, 3)], False, None),
         ([("N", 3), ()], False, None),
+        ([(4,)], False, None),  # features: four samples of no axis at all would be scrambled
+        ([(4,), (4,)], False, None),
+        ([("N",)], True, None),
+        ([(1,)], True, 1),
         ([], False, None),
     ],
 )

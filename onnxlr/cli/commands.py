@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
     from onnxlr.config import Tuning
     from onnxlr.data import ImageOptions
+    from onnxlr.polygraphy_files import Verdict
+
+
+NO_POLYGRAPHY = "polygraphy is left out: it feeds onnxruntime numpy arrays, which do not reach a bfloat16 model"
 
 
 @cli.command()
@@ -257,7 +261,10 @@ def validate(
     first, second = as_model(a), as_model(b)
     assert first.path is not None
     assert second.path is not None
-    inputs = Session(first, provider=settings["provider"], optimize=False).inputs
+    sessions = [Session(model, provider=settings["provider"], optimize=False) for model in (first, second)]
+    inputs, polygraphy = sessions[0].inputs, all(session.native for session in sessions)
+    if folder is not None and not polygraphy:
+        raise click.UsageError(f"--polygraphy: {NO_POLYGRAPHY}")
     samples = open_data(data, inputs, images=images_for(first, images))
     with progress_bars(quiet) as progress:
         result = api(
@@ -267,7 +274,9 @@ def validate(
     sampled = list(islice(samples, polygraphy_samples))
     feeds = list(batches(sampled, settings["batch"], inputs))
     gate = {"max_error": max_error, "provider": settings["provider"]}
-    if folder is None:
+    if not polygraphy:
+        verdicts: tuple[Verdict, ...] = ()
+    elif folder is None:
         verdicts = run_comparator(first.path, second.path, feeds, **gate)
     else:
         verdicts = write_polygraphy(folder, first.path, second.path, feeds, force=force, **gate)
@@ -278,6 +287,8 @@ def validate(
         show(terminal.render_validation(result))
         seen = "samples" if settings["mask"] is None else "samples, padding included (it does not count)"
         show(f"polygraphy on {len(sampled)} {seen}: {describe_verdict(verdict)}" for verdict in verdicts)
+        if not polygraphy:
+            show([NO_POLYGRAPHY])
         if folder is not None:
             show([f"repeat with: sh {folder / 'run.sh'}"])
     # Polygraphy has no mask: what it finds in padding is no failure

@@ -6,7 +6,8 @@ mark for one, so the rule is:
 
     every input has rank >= 1 and all of them share the leading dim: the same symbol, the same number, or all unknown
 
-Such a model's feeds may be cut and merged along axis 0. Of any other model a sample is one whole feed.
+A model that takes nothing but vectors of one fixed length has none: these are features, of which no run has fewer.
+A batched model's feeds may be cut and merged along axis 0. Of any other model a sample is one whole feed.
 """
 
 from __future__ import annotations
@@ -55,8 +56,10 @@ def format_shape(shape: Sequence[int | str | None]) -> str:
 
 
 def has_batch_axis(inputs: Sequence[TensorSpec]) -> bool:
-    """Whether axis 0 of every input is the batch: all ranks >= 1, all leading dims the same."""
+    """Whether axis 0 of every input is the batch: all ranks >= 1, all leading dims the same, not only fixed vectors."""
     if not inputs or any(not spec.shape for spec in inputs):
+        return False
+    if all(len(spec.shape) == 1 and isinstance(spec.shape[0], int) and spec.shape[0] > 1 for spec in inputs):
         return False
     return len({spec.shape[0] for spec in inputs}) == 1
 

@@ -105,6 +105,8 @@ def _figures(report: Report) -> Table:
     if report.validation is not None:
         predicted = "" if report.predicted_error is None else f"predicted {report.predicted_error:.4f}"
         table.add_row("relative error", "", f"{report.validation.error:.4f}", predicted)
+        if report.validation.noise is not None:
+            table.add_row("half-precision noise", f"{report.validation.noise:.4f}", "", "")
     return table
 
 
@@ -119,6 +121,10 @@ def render_validation(validation: Validation) -> Iterable[RenderableType]:
         else f" against {validation.max_error:g}: " + ("passed" if validation.passed else "FAILED")
     )
     yield f"relative error {validation.error:.6g}{verdict}"
+    if validation.noise is not None:
+        yield f"the first model's own half-precision noise {validation.noise:.6g}: its error beside its float32 self"
+    elif validation.no_noise:
+        yield f"the first model's half-precision noise is unknown: {validation.no_noise}"
 
 
 def _parity(outputs: Sequence[OutputParity], title: str) -> Table:
