@@ -6,6 +6,9 @@ read off; `e^2 / damage` is its importance, and at any other rank its damage is 
 The predictions of all weights add up to that of the model's squared error, as long as the errors are small and
 independent.
 
+What a body of If or Loop holds may never run while this is measured. An error of the outputs of exactly 0 then says
+nothing, and the weight's own relative error is taken for that of the outputs.
+
 Where much is cut they are neither. Then importances can be measured again at a choice that was made: a group of weights
 is made dense again, the rest stays cut, and the fall of the squared error is what that group's cut costs there.
 """
@@ -71,7 +74,8 @@ def _narrowed(group: Chained, trial: Trial, probed: Observed) -> float:
     damage = group.elimination.damage(width)
     if damage <= 0:
         return 0.0
-    return trial.error(factors(group.parts, group.store_narrowed(width)), probed) ** 2 / damage
+    cut = factors(group.parts, group.store_narrowed(width))
+    return _importance(group.consumer, trial.error(cut, probed), damage)
 
 
 def _alone(part: Part, trial: Trial, probed: Observed, config: Config) -> float:
@@ -84,7 +88,13 @@ def _alone(part: Part, trial: Trial, probed: Observed, config: Config) -> float:
     damage = part.decomposition.damage(rank)
     if damage <= 0:
         return 0.0
-    return trial.error(factors([part], {part.name: part.pair(rank)}), probed) ** 2 / damage
+    return _importance(part, trial.error(factors([part], {part.name: part.pair(rank)}), probed), damage)
+
+
+def _importance(part: Part, error: float, damage: float) -> float:
+    if not error and any(site.bodies for site in part.weight.sites):
+        return 1 / part.decomposition.total
+    return error**2 / damage
 
 
 def measure_again(
@@ -106,6 +116,8 @@ def measure_again(
         if predicted > 0:
             others = {name: pair for name, pair in cut.items() if name not in names}
             gained = whole - trial.error(others, probed) ** 2
+            if not gained and any(site.bodies for part in group.parts for site in part.weight.sites):
+                continue  # never run, so nothing was learnt
             changes[number] = float(np.clip(gained / predicted, 1 / MOST_CORRECTED, MOST_CORRECTED))
         progress(1)
     # what is dense now shares the fate of the others on average

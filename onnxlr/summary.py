@@ -159,6 +159,7 @@ def _reason(part: Part, cut: Cut, config: Config) -> str:
 
 
 def _warnings(case: Case, parts: Sequence[Part], weights: Sequence[WeightReport], *, counted: bool) -> Iterator[str]:
+    yield from case.notes
     for part in parts:
         if part.rows is not None and part.rows <= part.dim:
             yield (

@@ -15,6 +15,7 @@ What lost its last consumer by the edit (a weight, the Transpose that made it) g
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,7 +41,7 @@ from onnxlr.liveness import all_names, consumed, initializer_names, order, prune
 from onnxlr.protos import PAYLOAD, copy_fields
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Set
+    from collections.abc import Iterator, Mapping, Set
 
 
 @dataclass(slots=True)
@@ -79,7 +80,8 @@ def close_graph(graph: gs.Graph, original: ModelProto) -> ModelProto:
     """The original with the edits of `graph` in it; without edits, equal to it byte for byte.
 
     New nodes stand before their first consumer, or at the end. New initializers (numpy arrays, `ml_dtypes` included)
-    follow the old ones; before IR version 4 they are listed as inputs too. `original` is not changed.
+    follow the old ones; one that several bodies read is stored once, in the main graph. Before IR version 4 they are
+    listed as inputs too. `original` is not changed.
 
     Parameters
     ----------
@@ -94,8 +96,9 @@ def close_graph(graph: gs.Graph, original: ModelProto) -> ModelProto:
     model = ModelProto()
     copy_fields(original, model, skip={"graph"})
     model.graph.SetInParent()
+    listing = 0 < original.ir_version < 4
     with G_LOGGER.suppress():
-        _close(graph, original.graph, frozenset(), model.graph, list_initializers=0 < original.ir_version < 4)
+        _close(graph, original.graph, frozenset(), model.graph, _shared(graph), list_initializers=listing)
     return model
 
 
@@ -126,11 +129,20 @@ _REBUILT = frozenset(
 
 
 def _close(
-    graph: gs.Graph, original: GraphProto, outer: Set[str], target: GraphProto, *, list_initializers: bool = False
+    graph: gs.Graph,
+    original: GraphProto,
+    outer: Set[str],
+    target: GraphProto,
+    added: Mapping[str, gs.Constant] = MappingProxyType({}),
+    *,
+    list_initializers: bool = False,
 ) -> None:
-    """Fill the empty `target` with the edited `graph`; `outer` are the names that the enclosing graphs define."""
+    """Fill the empty `target` with the edited `graph`.
+
+    `outer` are the names that the enclosing graphs define, `added` constants that it stores beside its own.
+    """
     initializers = initializer_names(original)
-    constants = {
+    constants = {**added} | {
         tensor.name: tensor
         for tensors in (*(node.inputs for node in graph.nodes), graph.outputs)
         for tensor in tensors
@@ -203,6 +215,18 @@ def _body_constants(graph: gs.Graph) -> Iterator[gs.Constant]:
     for body in graph.subgraphs(recursive=True):
         for node in body.nodes:
             yield from (tensor for tensor in node.inputs if isinstance(tensor, gs.Constant))
+
+
+def _shared(graph: gs.Graph) -> dict[str, gs.Constant]:
+    """The constants that an edit added to several bodies."""
+    added: dict[str, gs.Constant] = {}
+    shared: dict[str, gs.Constant] = {}
+    for body in graph.subgraphs(recursive=True):
+        read = (tensor for node in body.nodes for tensor in node.inputs)
+        own = {t.name: t for t in read if isinstance(t, gs.Constant) and not hasattr(t, "origin")}
+        shared |= {name: tensor for name, tensor in own.items() if added.get(name) is tensor}
+        added |= own
+    return shared
 
 
 def _new_variables(graph: gs.Graph, known: Set[str]) -> Iterator[gs.Variable]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from onnxlr.sites.bodies import unseen
 from onnxlr.sites.emit import emit
 from onnxlr.sites.macs import macs
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from onnxlr.forms import Side
     from onnxlr.rows import Rows
+    from onnxlr.sites.bodies import Body
     from onnxlr.sites.constants import GraphView
     from onnxlr.sites.emit import Parts
 
@@ -98,6 +100,8 @@ class Site:
         On which sides it can be written with an identity block (`onnxlr.forms`).
     module
         The torch module that it was exported from, such as "blocks.0.fc1", where the exporter wrote it down.
+    bodies
+        The bodies that it lies in, outermost first; none in the main graph.
     """
 
     name: str
@@ -117,6 +121,7 @@ class Site:
     plain: bool = False
     block_sides: frozenset[Side] = frozenset()
     module: str | None = None
+    bodies: tuple[Body, ...] = ()
 
     @property
     def label(self) -> str:
@@ -127,6 +132,18 @@ class Site:
     def groups(self) -> int:
         """The number of its matrices."""
         return len(self.input_rows)
+
+    @property
+    def unseen(self) -> str:
+        """Why no data can be gathered of it; "" where they can."""
+        return unseen(self.bodies)
+
+    def seen_as(self, tensor: str) -> str:
+        """What a tensor that it reads or writes is called where data are gathered.
+
+        What a body takes from outside is another thing in it than outside: it is seen only when the body runs.
+        """
+        return f"{tensor}@{self.bodies[-1].output}.{self.bodies[-1].attribute}" if self.bodies else tensor
 
     @property
     def input_axis(self) -> int:

@@ -12,6 +12,9 @@ import onnx_graphsurgeon as gs
 from onnx.reference import ReferenceEvaluator
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
+from onnxlr.protos import graphs as protos
+from onnxlr.sites.bodies import graphs
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -30,17 +33,19 @@ RANDOM = frozenset(
 class GraphView:
     """A graph with its constants: which tensors are constant, their values, and who reads them.
 
-    `graph` is the graphsurgeon graph of `model`. Values are read on demand, one tensor at a time.
+    `graph` is the graphsurgeon graph of `model`, bodies included. Values are read on demand, one tensor at a time.
     """
 
     def __init__(self, model: Model, graph: gs.Graph) -> None:
         self.model = model
         self.graph = graph
-        self.tensors: dict[str, Any] = graph.tensors()
-        self.graph_outputs = {tensor.name for tensor in graph.outputs}
+        scopes = [scope for scope, _ in graphs(graph)]
+        # a body that gives out a tensor of an outer graph has a stand-in for it, of the same name
+        self.tensors: dict[str, Any] = {k: v for scope in reversed(scopes) for k, v in scope.tensors().items()}
+        self.graph_outputs = {tensor.name for scope in scopes for tensor in scope.outputs}
         proto = model.proto.graph
-        self.sources = {tensor.name: tensor for tensor in proto.initializer}
-        for node in proto.node:
+        self.sources = {tensor.name: tensor for scope in protos(proto) for tensor in scope.initializer}
+        for node in (node for scope in protos(proto) for node in scope.node):
             if node.op_type == "Constant" and node.attribute[0].name == "value":
                 self.sources[node.output[0]] = node.attribute[0].t
         # from IR version 4 on, an initializer that is also an input is only a default, which a caller may override
@@ -102,7 +107,8 @@ class GraphView:
             return {}
         return {
             value.name: len(value.type.tensor_type.shape.dim)
-            for value in inferred.graph.value_info
+            for scope in protos(inferred.graph)
+            for value in scope.value_info
             if value.type.tensor_type.HasField("shape")
         }
 
@@ -150,7 +156,7 @@ class GraphView:
     def _computed(self) -> set[str]:
         """The tensors that follow from constants alone, by whatever operators."""
         known = {"", *self.sources} - self.overridable
-        for node in self.model.proto.graph.node:
+        for node in (node for scope in protos(self.model.proto.graph) for node in scope.node):
             subgraphs = any(attribute.HasField("g") for attribute in node.attribute)
             if known.issuperset(node.input) and not subgraphs and node.op_type not in RANDOM:
                 known.update(node.output)
