@@ -15,7 +15,6 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 if TYPE_CHECKING:
@@ -62,7 +61,9 @@ def bring_out(graph: GraphProto, tensor: str, seen_as: str, bodies: Sequence[Bod
     for depth in reversed(range(len(bodies))):
         for name, kind in ((values, VALUES), (shapes, SHAPES)):
             _carry(scopes[depth], parents[depth], bodies[depth], name + "/" * depth, kind)
-    graph.output.extend(onnx.ValueInfoProto(name=name) for name in (values, shapes))
+    graph.output.extend(
+        [helper.make_tensor_value_info(values, VALUES, [None]), helper.make_tensor_value_info(shapes, SHAPES, [None])]
+    )
 
 
 def pieces(values: NDArray[Any], shapes: NDArray[np.int64]) -> Iterator[NDArray[Any]]:

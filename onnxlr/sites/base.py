@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from onnxlr.sites.bodies import unseen
 from onnxlr.sites.emit import emit
 from onnxlr.sites.macs import macs
 
@@ -102,6 +101,8 @@ class Site:
         The torch module that it was exported from, such as "blocks.0.fc1", where the exporter wrote it down.
     bodies
         The bodies that it lies in, outermost first; none in the main graph.
+    unseen
+        Why no data can be gathered of it; "" where they can.
     """
 
     name: str
@@ -122,6 +123,7 @@ class Site:
     block_sides: frozenset[Side] = frozenset()
     module: str | None = None
     bodies: tuple[Body, ...] = ()
+    unseen: str = ""
 
     @property
     def label(self) -> str:
@@ -132,11 +134,6 @@ class Site:
     def groups(self) -> int:
         """The number of its matrices."""
         return len(self.input_rows)
-
-    @property
-    def unseen(self) -> str:
-        """Why no data can be gathered of it; "" where they can."""
-        return unseen(self.bodies)
 
     def seen_as(self, tensor: str) -> str:
         """What a tensor that it reads or writes is called where data are gathered.

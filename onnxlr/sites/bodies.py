@@ -53,11 +53,14 @@ def refusal(bodies: Sequence[Body]) -> str | None:
     return None
 
 
-def unseen(bodies: Sequence[Body]) -> str:
+def unseen(bodies: Sequence[Body], opset: int) -> str:
     """Why no data can be gathered of what is in these bodies; "" where they can.
 
-    A Scan stacks what its body gives, so that has to be there, and of one shape, whenever it runs.
+    A Scan stacks what its body gives, so that has to be there, and of one shape, whenever it runs. Before opset 11 both
+    branches of an If give the same shapes.
     """
+    if opset < 11 and any(body.op == "If" for body in bodies):
+        return f"no data can be gathered inside an If at opset {opset}: convert the model to opset 11 or newer"
     for outer, inner in pairwise(bodies):
         if outer.op == "Scan" and inner.op != "Scan":
             return f"no data can be gathered inside {inner}, which a Scan runs"

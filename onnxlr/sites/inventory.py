@@ -18,7 +18,7 @@ import numpy as np
 from onnxlr.protos import graphs as protos
 from onnxlr.protos import tensors
 from onnxlr.sites.base import INDEX_TYPES, Family, Refusal, Site
-from onnxlr.sites.bodies import graphs, refusal
+from onnxlr.sites.bodies import graphs, refusal, unseen
 from onnxlr.sites.constants import GraphView
 from onnxlr.sites.functions import in_functions
 from onnxlr.sites.gemm import Gemm
@@ -185,7 +185,9 @@ def take_inventory(model: Model, shapes: Mapping[str, tuple[int, ...]] | None = 
         elif node.op in REASONS and _reads_constant_matrix(node, view):
             found = REASONS[node.op]
         if isinstance(found, Site):
-            found = refusal(bodies) or replace(found, module=modules.get(found.output), bodies=bodies)
+            found = refusal(bodies) or replace(
+                found, module=modules.get(found.output), bodies=bodies, unseen=unseen(bodies, graph.opset)
+            )
         if isinstance(found, Site):
             sites.append(found)
         elif found is not None:
