@@ -13,6 +13,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
 from onnxlr.protos import graphs as protos
+from onnxlr.sites.base import INDEX_TYPES
 from onnxlr.sites.bodies import graphs
 
 if TYPE_CHECKING:
@@ -152,14 +153,21 @@ class GraphView:
             return f"its weight is computed from constants by {producer.op}: fold constants first"
         return None
 
+    def matrices(self, tensor: gs.Tensor) -> set[str]:
+        """The constant matrices, of numbers and not indices, that a tensor is computed from and from nothing else."""
+        stored = {name: self.sources[name] for name in self._computed.get(tensor.name, ())}
+        return {name for name, t in stored.items() if len(t.dims) > 1 and t.data_type not in INDEX_TYPES}
+
     @cached_property
-    def _computed(self) -> set[str]:
-        """The tensors that follow from constants alone, by whatever operators."""
-        known = {"", *self.sources} - self.overridable
+    def _computed(self) -> dict[str, set[str]]:
+        """The tensors that follow from constants alone, by whatever operators, with the names of those constants."""
+        known = {"": set(), **{name: {name} for name in self.sources.keys() - self.overridable}}
         for node in (node for scope in protos(self.model.proto.graph) for node in scope.node):
             subgraphs = any(attribute.HasField("g") for attribute in node.attribute)
-            if known.issuperset(node.input) and not subgraphs and node.op_type not in RANDOM:
-                known.update(node.output)
+            if known.keys() >= set(node.input) and not subgraphs and node.op_type not in RANDOM:
+                sources = set().union(*(known[name] for name in node.input))
+                for name in node.output:
+                    known.setdefault(name, sources)
         return known
 
     def _constant_data(self, node: gs.Node) -> bool:

@@ -182,7 +182,7 @@ def take_inventory(model: Model, shapes: Mapping[str, tuple[int, ...]] | None = 
         found: Site | str | None = None
         if family is not None:
             found = family.find(node, view)
-        elif node.op in REASONS and _reads_constant_matrix(node, view):
+        elif node.op in REASONS and any(map(view.matrices, node.inputs)):
             found = REASONS[node.op]
         if isinstance(found, Site):
             found = refusal(bodies) or replace(
@@ -301,9 +301,7 @@ def _shared_with_others(
 
 
 def _refusal(node: gs.Node, reason: str, view: GraphView, shapes: Mapping[str, tuple[int, ...]]) -> Refusal:
-    constants = [tensor for tensor in node.inputs if tensor.name and view.is_constant(tensor)]
-    sources = sorted({source for tensor in constants for source in view.origins(tensor)})
-    weights = [source for source in sources if len(view.sources[source].dims) > 1]
+    weights = sorted({source for tensor in node.inputs for source in view.matrices(tensor)})
     return Refusal(
         name=node.name or (node.outputs[0].name if node.outputs else "?"),
         op=node.op,
@@ -311,14 +309,4 @@ def _refusal(node: gs.Node, reason: str, view: GraphView, shapes: Mapping[str, t
         sources=tuple(weights),
         parameters=sum(prod(view.sources[source].dims) for source in weights),
         macs=macs(node, shapes) if shapes else None,
-    )
-
-
-def _reads_constant_matrix(node: gs.Node, view: GraphView) -> bool:
-    return any(
-        view.is_constant(tensor)
-        and len(view.shape(tensor)) > 1
-        and view.dtype(tensor) not in ("int64", "int32", "bool")
-        for tensor in node.inputs
-        if tensor.name
     )
