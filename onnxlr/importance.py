@@ -124,7 +124,7 @@ def measure_again(
             others = {name: pair for name, pair in cut.items() if name not in names}
             gained = whole - trial.error(others, probed) ** 2
             if _is_nested(group) and abs(gained) <= ROUNDING * whole:
-                continue  # it never ran, so nothing was learnt
+                gained = predicted  # it never ran, so nothing was learnt
             changes[number] = float(np.clip(gained / predicted, 1 / MOST_CORRECTED, MOST_CORRECTED))
         progress(1)
     # what is dense now shares the fate of the others on average
