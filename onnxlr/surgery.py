@@ -80,8 +80,8 @@ def close_graph(graph: gs.Graph, original: ModelProto) -> ModelProto:
     """The original with the edits of `graph` in it; without edits, equal to it byte for byte.
 
     New nodes stand before their first consumer, or at the end. New initializers (numpy arrays, `ml_dtypes` included)
-    follow the old ones; one that several bodies read is stored once, in the main graph. Before IR version 4 they are
-    listed as inputs too. `original` is not changed.
+    follow the old ones; those of bodies do so in the main graph, where all bodies see them. Before IR version 4 they
+    are listed as inputs too. `original` is not changed.
 
     Parameters
     ----------
@@ -96,9 +96,10 @@ def close_graph(graph: gs.Graph, original: ModelProto) -> ModelProto:
     model = ModelProto()
     copy_fields(original, model, skip={"graph"})
     model.graph.SetInParent()
+    added = {tensor.name: tensor for tensor in _body_constants(graph) if not hasattr(tensor, "origin")}
     listing = 0 < original.ir_version < 4
     with G_LOGGER.suppress():
-        _close(graph, original.graph, frozenset(), model.graph, _shared(graph), list_initializers=listing)
+        _close(graph, original.graph, frozenset(), model.graph, added, list_initializers=listing)
     return model
 
 
@@ -215,18 +216,6 @@ def _body_constants(graph: gs.Graph) -> Iterator[gs.Constant]:
     for body in graph.subgraphs(recursive=True):
         for node in body.nodes:
             yield from (tensor for tensor in node.inputs if isinstance(tensor, gs.Constant))
-
-
-def _shared(graph: gs.Graph) -> dict[str, gs.Constant]:
-    """The constants that an edit added to several bodies."""
-    added: dict[str, gs.Constant] = {}
-    shared: dict[str, gs.Constant] = {}
-    for body in graph.subgraphs(recursive=True):
-        read = (tensor for node in body.nodes for tensor in node.inputs)
-        own = {t.name: t for t in read if isinstance(t, gs.Constant) and not hasattr(t, "origin")}
-        shared |= {name: tensor for name, tensor in own.items() if added.get(name) is tensor}
-        added |= own
-    return shared
 
 
 def _new_variables(graph: gs.Graph, known: Set[str]) -> Iterator[gs.Variable]:
