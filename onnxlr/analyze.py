@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from onnxlr.calibrate import weight_moments
+from onnxlr.calibrate import weight_moments, without_rows
 from onnxlr.case import gather, prepare, quiet, require_same_model
 from onnxlr.config import Config
 from onnxlr.errors import ConfigError
@@ -35,10 +35,14 @@ class WeightAnalysis:
 
 @dataclass(frozen=True, slots=True)
 class Analysis:
-    """Utilization of every linear layer, and the mean layer utilization `mlu`, by energy threshold."""
+    """Utilization of every linear layer, and the mean layer utilization `mlu`, by energy threshold.
+
+    `notes` say what is not as in the model that was given, and of which weights no data were seen: they are left out.
+    """
 
     weights: tuple[WeightAnalysis, ...]
     mlu: Mapping[float, float]
+    notes: tuple[str, ...] = ()
 
 
 def analyze(
@@ -71,10 +75,14 @@ def analyze(
             raise ConfigError(f"energy must be above 0 and at most 1, not {energy}")
     case = prepare(model, calib, config, images)
     stats = require_same_model(stats, case.model) if stats else gather(case, config, progress)
-    rows = []
+    rows, notes = [], [*case.notes]
     for weight in case.weights:
         matrices = case.inventory.matrix(weight).reshape(-1, weight.d_in, weight.d_out)
-        for group, moments in enumerate(weight_moments(stats, case.inventory, weight, "utilized")):
+        moments_of_groups = weight_moments(stats, case.inventory, weight, "utilized")
+        if why := without_rows(weight, moments_of_groups):
+            notes.append(f"{weight.name} is left out: {why}")
+            continue
+        for group, moments in enumerate(moments_of_groups):
             inputs = eigen(moments.second)
             outputs = output_spectrum(matrices[group], inputs)
             at = tuple(utilization(matrices[group], inputs, outputs, energy) for energy in energies)
@@ -82,4 +90,4 @@ def analyze(
             rows.append(WeightAnalysis(name, weight.labels, weight.d_in, weight.d_out, moments.count, at))
         progress("analyze", 1, len(case.weights))
     mlu = {e: float(np.mean([row.at[i].utilization for row in rows])) for i, e in enumerate(energies)} if rows else {}
-    return Analysis(tuple(rows), mlu)
+    return Analysis(tuple(rows), mlu, tuple(notes))

@@ -33,10 +33,11 @@ from onnxlr.report.schema import plain
 from onnxlr.session import Session
 from onnxlr.shapes import measure_shapes, synthetic_sample
 from onnxlr.sites import take_inventory
+from onnxlr.unfold import unfold
 from onnxlr.validate import validate as compare_models
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from numpy.typing import NDArray
 
@@ -50,11 +51,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What `inspect` found: the inventory, and for which shapes its multiply-accumulates hold."""
+    """What `inspect` found: the inventory, and for which shapes its multiply-accumulates hold.
+
+    `notes` say how the model that it is of differs from what was given (`onnxlr.unfold`), and what no data can be
+    gathered of.
+    """
 
     inventory: Inventory
     shapes_of: Mapping[str, tuple[int, ...]]
     problem: str | None
+    notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""
@@ -67,6 +73,7 @@ class Inspection:
             "weights": [plain(asdict(weight)) for weight in self.inventory.weights],
             "refusals": [asdict(refusal) for refusal in self.inventory.refusals],
             "uncounted": self.inventory.uncounted,
+            "notes": self.notes,
         }
 
 
@@ -81,7 +88,7 @@ def inspect(model: ModelLike, *, provider: str = "cpu") -> Inspection:
     ModelError, InstallError
         The file is no model, or onnxruntime is missing.
     """
-    loaded = as_model(model)
+    loaded, notes = unfold(as_model(model))
     problem, shapes, sample = None, None, {}
     try:
         sample = synthetic_sample(Session(loaded, provider=provider, optimize=False).inputs)
@@ -89,7 +96,16 @@ def inspect(model: ModelLike, *, provider: str = "cpu") -> Inspection:
     except ModelError as error:
         problem = str(error)
     sizes = {name: array.shape for name, array in sample.items()}
-    return Inspection(take_inventory(loaded, shapes), sizes, problem)
+    inventory = take_inventory(loaded, shapes)
+    return Inspection(inventory, sizes, problem, (*notes, *unseen(inventory)))
+
+
+def unseen(inventory: Inventory) -> Iterator[str]:
+    """Of which sites no data can be gathered, and why."""
+    for weight in inventory.weights:
+        for site in weight.sites:
+            if site.unseen:
+                yield f"{site.label}: {site.unseen}, so it is cut by its weight alone"
 
 
 def calibrate(

@@ -3,6 +3,7 @@
 The tensors whose rows matter become outputs of a copy of the graph. One batch at a time runs through it, its rows are
 folded into running sums (`onnxlr.gram`), and the activations are dropped. Moments are keyed by tensor, not by layer:
 layers that read one tensor share them, and where a layer's output is the smaller side, the output is observed.
+Tensors of bodies (If, Loop, Scan) come out by way of `onnxlr.inner`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import onnx
 from onnxlr.data import batches, sample_count
 from onnxlr.errors import DataError, StatsError
 from onnxlr.gram import Moments, Stats
+from onnxlr.inner import bring_out, outputs_of, pieces
 from onnxlr.model_io import from_proto
 from onnxlr.rows import Rows
 from onnxlr.session import Session
@@ -31,9 +33,10 @@ if TYPE_CHECKING:
     from onnxlr.data import Feed, Sample, TensorSpec
     from onnxlr.model_io import Model
     from onnxlr.sites import Inventory, Site, Weight
+    from onnxlr.sites.bodies import Body
 
 Probe = tuple[str, Rows]
-"""A tensor and how a layer's rows lie in it."""
+"""A tensor, by the name that its site sees it as, and how a layer's rows lie in it."""
 UNSEEN = 0.1
 """The share of a table's moments that all its rows have alike, gathered or not.
 
@@ -51,12 +54,12 @@ def probe_key(probe: Probe) -> str:
 
 
 def site_probes(weight: Weight, site: Site, objective: Objective) -> list[Probe]:
-    """What has to be observed at a site for an objective, one a group; nothing where the objective needs no data."""
-    if objective == "weight":
+    """What has to be observed at a site for an objective, one a group; nothing where no data are needed or seen."""
+    if objective == "weight" or site.unseen:
         return []
     if objective != "utilized" and weight.observes_output:
-        return [(site.output, rows) for rows in site.output_rows]
-    return [(site.input, rows) for rows in site.input_rows]
+        return [(site.seen_as(site.output), rows) for rows in site.output_rows]
+    return [(site.seen_as(site.input), rows) for rows in site.input_rows]
 
 
 def probes(weights: Iterable[Weight], objective: Objective) -> list[Probe]:
@@ -121,25 +124,31 @@ def accumulate(
         From onnxruntime.
     """
     wanted = probes(inventory.weights, config.objective)
-    tensors = list(dict.fromkeys(tensor for tensor, _ in wanted))
-    session = Session(with_outputs(model, tensors), provider=config.provider, threads=config.threads, streaming=True)
+    inner, sums = _in_bodies(inventory.weights, config.objective)
+    tensors = list(dict.fromkeys(tensor for tensor, _ in wanted if tensor not in inner))
+    probed = with_outputs(model, tensors)
+    for seen_as, (tensor, bodies) in inner.items():
+        bring_out(probed.proto.graph, tensor, seen_as, bodies)
+    session = Session(probed, provider=config.provider, threads=config.threads, streaming=True)
     fetched = [tensor for tensor in tensors if tensor not in {spec.name for spec in inputs}]
-    sums: dict[Probe, Moments] = {}
+    fetched += [name for seen_as in inner for name in outputs_of(seen_as)]
     digest = hashlib.sha256()
     count = 0
     for feed in batches(_hashed(samples, digest), config.batch, inputs):
         activations = {**feed, **session.run(feed, fetched)} if fetched else feed
         mask = mask_of(feed, config.mask)
         for probe in wanted:
-            rows = probe[1].of(activations[probe[0]], mask)
-            with np.errstate(invalid="ignore", over="ignore"):
-                moments = Moments.of(rows)
-            if not np.isfinite(moments.gram).all():
-                raise DataError(
-                    f"tensor {probe[0]!r} holds NaN or infinite values in the batch from sample {count}: "
-                    "check the model and the data with onnxruntime"
-                )
-            sums[probe] = sums[probe] + moments if probe in sums else moments
+            tensor, rows = probe
+            names = outputs_of(tensor) if tensor in inner else ()
+            for array in pieces(*(activations[name] for name in names)) if names else [activations[tensor]]:
+                with np.errstate(invalid="ignore", over="ignore"):
+                    moments = Moments.of(rows.of(array, mask))
+                if not np.isfinite(moments.gram).all():
+                    raise DataError(
+                        f"tensor {tensor!r} holds NaN or infinite values in the batch from sample {count}: "
+                        "check the model and the data with onnxruntime"
+                    )
+                sums[probe] = sums[probe] + moments if probe in sums else moments
         size = sample_count(feed, inputs)
         count += size
         progress(size)
@@ -152,6 +161,20 @@ def accumulate(
         holdout_every=config.holdout_every,
         moments={probe_key(probe): value for probe, value in sums.items()},
     )
+
+
+def _in_bodies(
+    weights: Iterable[Weight], objective: Objective
+) -> tuple[dict[str, tuple[str, tuple[Body, ...]]], dict[Probe, Moments]]:
+    """What the names of probes in bodies stand for: a tensor and its bodies; and their moments while none has run."""
+    tensors, sums = {}, {}
+    sites = ((weight, site) for weight in weights for site in weight.sites if site.bodies)
+    for weight, site in sites:
+        for probe in site_probes(weight, site, objective):
+            of_output = probe[0] == site.seen_as(site.output)
+            tensors[probe[0]] = (site.output if of_output else site.input, site.bodies)
+            sums[probe] = Moments.zero(weight.d_out if of_output else weight.d_in)
+    return tensors, sums
 
 
 def _hashed(samples: Iterable[Sample], digest: Any) -> Iterator[Sample]:
@@ -204,6 +227,7 @@ def weight_moments(stats: Stats, inventory: Inventory, weight: Weight, objective
 
     Where the output is observed, a bias that the operator itself adds is taken off, so that they are those of `x W`.
     A share `UNSEEN` of those of a table is that of all its rows.
+    There are none where no site can be observed; they are of no rows where bodies of If, Loop or Scan never ran.
 
     Raises
     ------
@@ -221,10 +245,19 @@ def weight_moments(stats: Stats, inventory: Inventory, weight: Weight, objective
                     f"gather them with `onnxlr calibrate --objective {objective}`"
                 )
             moments, bias = stats.moments[key], inventory.own_bias(site)
-            if probe[0] == site.output and bias is not None:
+            if probe[0] == site.seen_as(site.output) and bias is not None:
                 moments = moments.shifted(-bias[group * site.d_out : (group + 1) * site.d_out])
             if not site.input_rows:
                 moments = moments.mixed(Moments.of(inventory.matrix(weight)), UNSEEN)
             found.append(moments)
-        by_site.append(found)
+        if found:
+            by_site.append(found)
     return [reduce(add, own) for own in zip(*by_site, strict=True)]
+
+
+def without_rows(weight: Weight, moments: Sequence[Moments]) -> str:
+    """Why no data were seen of a weight whose moments are `moments`; "" where some were."""
+    site = weight.sites[0]
+    if not site.bodies or (moments and moments[0].count):
+        return ""
+    return site.unseen or f"calibration never ran {site.bodies[-1]}"

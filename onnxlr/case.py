@@ -19,6 +19,7 @@ from onnxlr.reference import find_reference
 from onnxlr.session import Session
 from onnxlr.shapes import measure_shapes
 from onnxlr.sites import take_inventory
+from onnxlr.unfold import unfold
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -90,7 +91,8 @@ def images_for(model: Model, images: ImageOptions | None) -> ImageOptions:
 class Case:
     """A model with its data, its linear operators, and which of them take part; `name` is what it was given as.
 
-    `held_back` gives the reason for every weight that a pattern or the objective keeps out.
+    `held_back` gives the reason for every weight that a pattern or the objective keeps out, `notes` say how
+    `model` differs from what was given (`onnxlr.unfold`).
     """
 
     name: str
@@ -101,6 +103,7 @@ class Case:
     inventory: Inventory
     weights: Sequence[Weight]
     held_back: Mapping[str, str]
+    notes: tuple[str, ...]
 
 
 def prepare(model: ModelLike, calib: object, config: Config, images: ImageOptions | None = None) -> Case:
@@ -111,7 +114,7 @@ def prepare(model: ModelLike, calib: object, config: Config, images: ImageOption
     ModelError, DataError, ConfigError, InstallError
         What is wrong with the model, the data, a pattern or the installation.
     """
-    loaded = as_model(model)
+    loaded, notes = unfold(as_model(model))
     inputs = Session(loaded, provider=config.provider, threads=config.threads).inputs
     if config.mask is not None and config.mask not in {spec.name for spec in inputs}:
         raise DataError(f"--mask {config.mask!r} is none of the inputs {', '.join(repr(s.name) for s in inputs)}")
@@ -121,7 +124,7 @@ def prepare(model: ModelLike, calib: object, config: Config, images: ImageOption
         raise DataError(f"{calibration.name}: no sample to calibrate on")
     inventory = take_inventory(loaded, measure_shapes(loaded, first, provider=config.provider))
     weights, held_back = _taking_part(inventory, config)
-    return Case(name_of(model), loaded, inputs, calibration, held_out, inventory, weights, held_back)
+    return Case(name_of(model), loaded, inputs, calibration, held_out, inventory, weights, held_back, notes)
 
 
 def _taking_part(inventory: Inventory, config: Config) -> tuple[list[Weight], dict[str, str]]:

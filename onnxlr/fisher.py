@@ -58,8 +58,8 @@ def gradient_moments(
     With `config.loss` they are those of the loss on `labels`, one a sample.
 
     Whole-model parity of the gradient graph with onnxruntime is checked on the first batch. A site that no gradient
-    reaches is left out. The GPU is used when torch has one, in bfloat16 where it has that: gradients of random probes
-    are noisier by far.
+    reaches is left out, and so is one in a body of If, Loop or Scan. The GPU is used when torch has one, in bfloat16
+    where it has that: gradients of random probes are noisier by far.
 
     Raises
     ------
@@ -78,7 +78,9 @@ def gradient_moments(
     half = bool(half_types(model))
     model = widened(model) if half else model
     graph = to_torch(model).to(device)
-    sites = {site.output: site for weight in inventory.weights for site in weight.sites if site.output_rows}
+    # a tensor of a body is out of reach: it may have many values in one run, or none
+    every = [site for weight in inventory.weights for site in weight.sites]
+    sites = {site.output: site for site in every if site.output_rows and not site.bodies}
     probed = scores_of(model, graph.outputs)
     generator = torch.Generator().manual_seed(0)
     sums: dict[str, Moments] = {}
@@ -115,7 +117,7 @@ def gradient_moments(
                 sums[key] = sums[key] + moments if key in sums else moments
         progress(sample_count(feed, inputs))
         first += sample_count(feed, inputs)
-    if first and sites and not sums:
+    if first and every and not sums:
         raise ModelError(f"no gradient reaches any weight{INSTEAD}")
     return sums
 

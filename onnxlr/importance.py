@@ -6,6 +6,9 @@ read off; `e^2 / damage` is its importance, and at any other rank its damage is 
 The predictions of all weights add up to that of the model's squared error, as long as the errors are small and
 independent.
 
+What a body of If or Loop holds may never run while this is measured. That its cut does nothing then says nothing, and
+its own relative error is taken for that of the outputs.
+
 Where much is cut they are neither. Then importances can be measured again at a choice that was made: a group of weights
 is made dense again, the rest stays cut, and the fall of the squared error is what that group's cut costs there.
 """
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
 
 MOST_CORRECTED = 8.0
 """The most by which one round changes an importance: marginal errors are differences of two noisy figures."""
+ROUNDING = 1e-6
+"""The share of a squared error that says nothing."""
 
 
 def measure_alone(
@@ -54,16 +59,19 @@ def measure_alone(
         Called with 1 after each weight.
     """
     importance = {}
+    nested = any(_is_nested(group) for group in groups)
+    rounding = trial.error({}, probed) if nested else 0.0
     for group in groups:
+        least = 2 * rounding if _is_nested(group) else -1.0
         for part in group.parts:
-            importance[part.name] = _alone(part, trial, probed, config)
+            importance[part.name] = _alone(part, trial, probed, config, least)
             progress(1)
         if isinstance(group, Chained):
-            importance[width_key(group.consumer.name)] = _narrowed(group, trial, probed)
+            importance[width_key(group.consumer.name)] = _narrowed(group, trial, probed, least)
     return importance
 
 
-def _narrowed(group: Chained, trial: Trial, probed: Observed) -> float:
+def _narrowed(group: Chained, trial: Trial, probed: Observed, least: float) -> float:
     widths = group.widths
     if not widths:
         return 0.0
@@ -71,10 +79,11 @@ def _narrowed(group: Chained, trial: Trial, probed: Observed) -> float:
     damage = group.elimination.damage(width)
     if damage <= 0:
         return 0.0
-    return trial.error(factors(group.parts, group.store_narrowed(width)), probed) ** 2 / damage
+    cut = factors(group.parts, group.store_narrowed(width))
+    return _importance(group.consumer, trial.error(cut, probed), damage, least)
 
 
-def _alone(part: Part, trial: Trial, probed: Observed, config: Config) -> float:
+def _alone(part: Part, trial: Trial, probed: Observed, config: Config, least: float) -> float:
     weight = part.weight
     offered = ranks(config, min(weight.d_in, weight.d_out))
     middle = weight.d_in * weight.d_out / (weight.d_in + weight.d_out) / 2
@@ -84,7 +93,15 @@ def _alone(part: Part, trial: Trial, probed: Observed, config: Config) -> float:
     damage = part.decomposition.damage(rank)
     if damage <= 0:
         return 0.0
-    return trial.error(factors([part], {part.name: part.pair(rank)}), probed) ** 2 / damage
+    return _importance(part, trial.error(factors([part], {part.name: part.pair(rank)}), probed), damage, least)
+
+
+def _importance(part: Part, error: float, damage: float, least: float) -> float:
+    return error**2 / damage if error > least else 1 / part.decomposition.total
+
+
+def _is_nested(group: Group) -> bool:
+    return any(site.bodies for part in group.parts for site in part.weight.sites)
 
 
 def measure_again(
@@ -108,6 +125,8 @@ def measure_again(
         if 0 < predicted < np.inf:
             others = {name: pair for name, pair in cut.items() if name not in names}
             gained = whole - trial.error(others, probed) ** 2
+            if _is_nested(group) and abs(gained) <= ROUNDING * whole:
+                gained = predicted  # it never ran, so nothing was learnt
             changes[number] = float(np.clip(gained / predicted, 1 / MOST_CORRECTED, MOST_CORRECTED))
         progress(1)
     # what is dense now shares the fate of the others on average

@@ -30,7 +30,7 @@ def reads(node: NodeProto) -> set[str]:
 
 def outer_reads(graph: GraphProto) -> set[str]:
     """The tensors that a body takes from the graphs around it."""
-    return consumed(graph.node, graph.output) - initializer_names(graph) - _made(graph)
+    return consumed(graph.node, graph.output) - defined(graph)
 
 
 def consumed(nodes: Iterable[NodeProto], outputs: Iterable[object] = ()) -> set[str]:
@@ -49,7 +49,7 @@ def initializer_names(graph: GraphProto) -> set[str]:
 
 def all_names(graph: GraphProto) -> set[str]:
     """Every tensor that a graph defines or reads."""
-    return consumed(graph.node, graph.output) | initializer_names(graph) | _made(graph)
+    return consumed(graph.node, graph.output) | defined(graph)
 
 
 def prune(
@@ -138,5 +138,7 @@ def order(nodes: Sequence[NodeProto], fixed: Sequence[bool]) -> list[int]:
     return list(placed)
 
 
-def _made(graph: GraphProto) -> set[str]:
-    return {value.name for value in graph.input} | {name for node in graph.node for name in node.output if name}
+def defined(graph: GraphProto) -> set[str]:
+    """The tensors that a graph has of its own: its inputs, initializers and what its nodes make."""
+    made = {name for node in graph.node for name in node.output if name}
+    return made | initializer_names(graph) | {value.name for value in graph.input}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnxlr.bench import compare_latency
-from onnxlr.calibrate import weight_gradients, weight_moments
+from onnxlr.calibrate import weight_gradients, weight_moments, without_rows
 from onnxlr.case import (
     gather,
     load_truth,
@@ -198,6 +198,10 @@ def _part(case: Case, weight: Weight, stats: Stats | None, config: Config) -> Pa
     if stats is None or config.objective == "weight":
         return Part(weight, grouped([Layer(each) for each in _matrices(matrix)]), fixed)
     moments = weight_moments(stats, case.inventory, weight, config.objective)
+    why = without_rows(weight, moments)
+    if why:
+        note = f"{why}, so it is cut by its weight alone; "
+        return Part(weight, grouped([Layer(each) for each in _matrices(matrix)]), fixed, note=note)
     projected = config.objective == "utilized"
     gradients = weight_gradients(stats, weight) if config.objective == "fisher" else None
     layers = [

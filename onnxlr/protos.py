@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from google.protobuf.message import Message
-from onnx import TensorProto
+from onnx import AttributeProto, GraphProto, TensorProto
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Set
@@ -35,6 +35,17 @@ def tensors(message: Message) -> Iterator[TensorProto]:
         if descriptor.message_type is not None and descriptor.message_type.name in _HOLDERS:
             for item in (value,) if isinstance(value, Message) else value:
                 yield from tensors(item)
+
+
+def graphs(graph: GraphProto) -> Iterator[GraphProto]:
+    """A graph and all bodies in it, each before those inside of it."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == AttributeProto.GRAPH:
+                yield from graphs(attribute.g)
+            for body in attribute.graphs:
+                yield from graphs(body)
 
 
 def copy_fields(source: Message, target: Message, skip: Set[str] = frozenset()) -> None:

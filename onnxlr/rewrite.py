@@ -16,7 +16,9 @@ import onnx_graphsurgeon as gs
 
 from onnxlr.errors import RangeError
 from onnxlr.model_io import from_proto
+from onnxlr.protos import graphs as protos
 from onnxlr.sites import FAMILIES, by_output
+from onnxlr.sites.bodies import graphs
 from onnxlr.sites.emit import Parts
 from onnxlr.surgery import close_graph, open_graph
 
@@ -112,7 +114,8 @@ def emit(inventory: Inventory, layouts: Iterable[SiteArrays], make: Make) -> Mod
     model = inventory.model
     graph = open_graph(model.proto)
     nodes = by_output(graph)
-    names = set(graph.tensors())
+    scopes = {bodies: scope for scope, bodies in graphs(graph)}
+    names = set(inventory.view.tensors)
     made: dict[str, gs.Tensor] = {}
     hidden: dict[str, gs.Tensor] = {}
 
@@ -142,12 +145,12 @@ def emit(inventory: Inventory, layouts: Iterable[SiteArrays], make: Make) -> Mod
             stored.window,
             stored.split,
         )
-        FAMILIES[site.op].put(graph, site, nodes[site.output], parts)
+        FAMILIES[site.op].put(scopes[site.bodies], site, nodes[site.output], parts)
         hidden[name] = parts.hidden
     result = close_graph(graph, model.proto)
-    stale = [value for value in result.graph.value_info if value.name in narrowed]
-    for value in stale:
-        result.graph.value_info.remove(value)
+    for scope in protos(result.graph):
+        for value in [value for value in scope.value_info if value.name in narrowed]:
+            scope.value_info.remove(value)
     return from_proto(result, model.folder)
 
 

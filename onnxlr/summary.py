@@ -163,6 +163,7 @@ def _warnings(
 ) -> Iterator[str]:
     if validation.no_noise:
         yield f"the model's own half-precision noise is unknown: {validation.no_noise}"
+    yield from case.notes
     for part in parts:
         if part.rows is not None and part.rows <= part.dim:
             yield (

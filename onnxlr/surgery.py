@@ -15,6 +15,7 @@ What lost its last consumer by the edit (a weight, the Transpose that made it) g
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,7 +41,7 @@ from onnxlr.liveness import all_names, consumed, initializer_names, order, prune
 from onnxlr.protos import PAYLOAD, copy_fields
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Set
+    from collections.abc import Iterator, Mapping, Set
 
 
 @dataclass(slots=True)
@@ -79,7 +80,8 @@ def close_graph(graph: gs.Graph, original: ModelProto) -> ModelProto:
     """The original with the edits of `graph` in it; without edits, equal to it byte for byte.
 
     New nodes stand before their first consumer, or at the end. New initializers (numpy arrays, `ml_dtypes` included)
-    follow the old ones; before IR version 4 they are listed as inputs too. `original` is not changed.
+    follow the old ones; those of bodies do so in the main graph, where all bodies see them. Before IR version 4 they
+    are listed as inputs too. `original` is not changed.
 
     Parameters
     ----------
@@ -94,8 +96,10 @@ def close_graph(graph: gs.Graph, original: ModelProto) -> ModelProto:
     model = ModelProto()
     copy_fields(original, model, skip={"graph"})
     model.graph.SetInParent()
+    added = {tensor.name: tensor for tensor in _body_constants(graph) if not hasattr(tensor, "origin")}
+    listing = 0 < original.ir_version < 4
     with G_LOGGER.suppress():
-        _close(graph, original.graph, frozenset(), model.graph, list_initializers=0 < original.ir_version < 4)
+        _close(graph, original.graph, frozenset(), model.graph, added, list_initializers=listing)
     return model
 
 
@@ -126,11 +130,20 @@ _REBUILT = frozenset(
 
 
 def _close(
-    graph: gs.Graph, original: GraphProto, outer: Set[str], target: GraphProto, *, list_initializers: bool = False
+    graph: gs.Graph,
+    original: GraphProto,
+    outer: Set[str],
+    target: GraphProto,
+    added: Mapping[str, gs.Constant] = MappingProxyType({}),
+    *,
+    list_initializers: bool = False,
 ) -> None:
-    """Fill the empty `target` with the edited `graph`; `outer` are the names that the enclosing graphs define."""
+    """Fill the empty `target` with the edited `graph`.
+
+    `outer` are the names that the enclosing graphs define, `added` constants that it stores beside its own.
+    """
     initializers = initializer_names(original)
-    constants = {
+    constants = {**added} | {
         tensor.name: tensor
         for tensors in (*(node.inputs for node in graph.nodes), graph.outputs)
         for tensor in tensors

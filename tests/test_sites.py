@@ -268,28 +268,6 @@ def test_bfloat16() -> None:
     assert np.array_equal(inventory.matrix(weight), W.astype(ml_dtypes.bfloat16).astype(np.float64))
 
 
-def test_bodies_and_functions_are_listed() -> None:
-    signature = f"(float[N, {D_IN}] x, bool c) => (float[N, {D_OUT}] y)"
-    body = f"""[branch] y = If (c) <
-        then_branch = one () => (float[N, {D_OUT}] t) {{ [inner] t = MatMul(x, w) }},
-        else_branch = two () => (float[N, {D_OUT}] e) {{ k = MatMul(x, v) e = Relu(k) }}>"""
-    inventory = measured(parsed(signature, body, w=W, v=W + 1), x=random(0, 3, D_IN), c=np.array(True))
-    assert not inventory.weights
-    assert [(r.name, r.op, r.parameters) for r in inventory.refusals] == [("inner", "MatMul", 30), ("k", "MatMul", 30)]
-    assert all("inside a body of If" in refusal.reason for refusal in inventory.refusals)
-    outer = take_inventory(
-        parsed(signature.replace("y)", f"y, float[N, {D_OUT}] z)"), body + "z = MatMul(x, w)", w=W, v=W + 1)
-    )
-    assert "also read by MatMul 'inner'" in next(r.reason for r in outer.refusals if r.name == "z")
-
-    tail = '<domain: "local", opset_import: ["" : 17]> layer (a, m) => (r) { [held] r = MatMul(a, m) }'
-    inventory = take_inventory(parsed(X2, "y = local.layer(x, w)", tail=tail, w=W))
-    assert not inventory.weights
-    assert [(r.name, r.reason) for r in inventory.refusals] == [
-        ("held", "it is inside the function 'layer': inline it")
-    ]
-
-
 def test_products_in_bodies_are_known_to_be_uncounted() -> None:
     signature = f"(float[N, {D_IN}] x, bool c) => (float[N, {D_OUT}] y)"
     body = f"""z = MatMul(x, u) y = If (c) <

@@ -92,7 +92,8 @@ def analyze(
     means = [f"mean layer utilization at {e:g} of the energy: {mlu:.4f}" for e, mlu in analysis.mlu.items()]
     if not rows:
         means = ["no weight to analyze: `onnxlr inspect` lists what can be compressed and what cannot, and why"]
-    return show([*([terminal.render_rows("Utilization", columns, rows)] if rows else []), *means])
+    table = [terminal.render_rows("Utilization", columns, rows)] if rows else []
+    return show([*table, *means, *analysis.notes])
 
 
 @cli.command()

@@ -14,6 +14,8 @@ from onnxlr.report import terminal
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from onnxlr.sites import Site
+
 
 @cli.command()
 @click.argument("reference")
@@ -69,8 +71,8 @@ def inspect(model: Path, provider: str, as_json: bool, quiet: bool, verbose: boo
         return show_json(found.to_dict())
     total, macs = inventory.parameters, inventory.macs
     weights = [
-        (w.name, ", ".join(w.labels), f"{w.d_in} x {w.d_out}", w.dtype, terminal.percent(w.parameters, total),
-         terminal.percent(w.macs, macs))
+        (w.name, ", ".join(map(_where, w.sites)), f"{w.d_in} x {w.d_out}", w.dtype,
+         terminal.percent(w.parameters, total), terminal.percent(w.macs, macs))
         for w in inventory.weights
     ]  # fmt: skip
     refusals = [
@@ -86,6 +88,7 @@ def inspect(model: Path, provider: str, as_json: bool, quiet: bool, verbose: boo
         lines += [terminal.render_rows("Cannot be compressed", columns, refusals), ""]
     if not (weights or refusals):
         lines.append("no linear operator with a constant weight: there is nothing to compress")
+    lines += [*found.notes, *([""] if found.notes else [])]
     covered = terminal.percent(sum(weight.parameters for weight in inventory.weights), total)
     covered_macs = terminal.percent(sum(weight.macs or 0 for weight in inventory.weights), macs)
     share = f", {covered} of them in {len(weights)} weights that can be compressed" if weights else ""
@@ -97,3 +100,7 @@ def inspect(model: Path, provider: str, as_json: bool, quiet: bool, verbose: boo
         share = f", {covered_macs} of them there" if weights else ""
         lines.append(f"{terminal.count(macs)} MACs{share}, for one sample: {shapes}")
     return show(lines)
+
+
+def _where(site: Site) -> str:
+    return f"{site.label} (in {site.bodies[-1]})" if site.bodies else site.label

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from onnxlr.forms import Side
     from onnxlr.rows import Rows
+    from onnxlr.sites.bodies import Body
     from onnxlr.sites.constants import GraphView
     from onnxlr.sites.emit import Parts
 
@@ -102,6 +103,10 @@ class Site:
         On which sides it can be written with an identity block (`onnxlr.forms`).
     module
         The torch module that it was exported from, such as "blocks.0.fc1", where the exporter wrote it down.
+    bodies
+        The bodies that it lies in, outermost first; none in the main graph.
+    unseen
+        Why no data can be gathered of it; "" where they can.
     """
 
     name: str
@@ -122,6 +127,8 @@ class Site:
     kernel: tuple[int, ...] = ()
     block_sides: frozenset[Side] = frozenset()
     module: str | None = None
+    bodies: tuple[Body, ...] = ()
+    unseen: str = ""
 
     @property
     def label(self) -> str:
@@ -132,6 +139,13 @@ class Site:
     def groups(self) -> int:
         """The number of its matrices."""
         return len(self.input_rows or self.output_rows)
+
+    def seen_as(self, tensor: str) -> str:
+        """What a tensor that it reads or writes is called where data are gathered.
+
+        What a body takes from outside is another thing in it than outside: it is seen only when the body runs.
+        """
+        return f"{tensor}@{self.bodies[-1].output}.{self.bodies[-1].attribute}" if self.bodies else tensor
 
     @property
     def input_axis(self) -> int:

@@ -12,6 +12,10 @@ import onnx_graphsurgeon as gs
 from onnx.reference import ReferenceEvaluator
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
+from onnxlr.protos import graphs as protos
+from onnxlr.sites.base import INDEX_TYPES
+from onnxlr.sites.bodies import graphs
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -30,17 +34,19 @@ RANDOM = frozenset(
 class GraphView:
     """A graph with its constants: which tensors are constant, their values, and who reads them.
 
-    `graph` is the graphsurgeon graph of `model`. Values are read on demand, one tensor at a time.
+    `graph` is the graphsurgeon graph of `model`, bodies included. Values are read on demand, one tensor at a time.
     """
 
     def __init__(self, model: Model, graph: gs.Graph) -> None:
         self.model = model
         self.graph = graph
-        self.tensors: dict[str, Any] = graph.tensors()
-        self.graph_outputs = {tensor.name for tensor in graph.outputs}
+        scopes = [scope for scope, _ in graphs(graph)]
+        # a body that gives out a tensor of an outer graph has a stand-in for it, of the same name
+        self.tensors: dict[str, Any] = {k: v for scope in reversed(scopes) for k, v in scope.tensors().items()}
+        self.graph_outputs = {tensor.name for scope in scopes for tensor in scope.outputs}
         proto = model.proto.graph
-        self.sources = {tensor.name: tensor for tensor in proto.initializer}
-        for node in proto.node:
+        self.sources = {tensor.name: tensor for scope in protos(proto) for tensor in scope.initializer}
+        for node in (node for scope in protos(proto) for node in scope.node):
             if node.op_type == "Constant" and node.attribute[0].name == "value":
                 self.sources[node.output[0]] = node.attribute[0].t
         # from IR version 4 on, an initializer that is also an input is only a default, which a caller may override
@@ -116,7 +122,7 @@ class GraphView:
             inferred = onnx.shape_inference.infer_shapes(self.model.proto)
         except (RuntimeError, ValueError):  # an operator that onnx cannot infer; what it would tell stays unknown
             return {}
-        return {value.name: value for value in inferred.graph.value_info}
+        return {value.name: value for scope in protos(inferred.graph) for value in scope.value_info}
 
     def origins(self, tensor: gs.Tensor) -> set[str]:
         """The names of the floating sources that a constant tensor is made of."""
@@ -158,14 +164,21 @@ class GraphView:
             return f"its weight is computed from constants by {producer.op}: fold constants first"
         return None
 
+    def matrices(self, tensor: gs.Tensor) -> set[str]:
+        """The constant matrices, of numbers and not indices, that a tensor is computed from and from nothing else."""
+        stored = {name: self.sources[name] for name in self._computed.get(tensor.name, ())}
+        return {name for name, t in stored.items() if len(t.dims) > 1 and t.data_type not in INDEX_TYPES}
+
     @cached_property
-    def _computed(self) -> set[str]:
-        """The tensors that follow from constants alone, by whatever operators."""
-        known = {"", *self.sources} - self.overridable
-        for node in self.model.proto.graph.node:
+    def _computed(self) -> dict[str, set[str]]:
+        """The tensors that follow from constants alone, by whatever operators, with the names of those constants."""
+        known = {"": set(), **{name: {name} for name in self.sources.keys() - self.overridable}}
+        for node in (node for scope in protos(self.model.proto.graph) for node in scope.node):
             subgraphs = any(attribute.HasField("g") for attribute in node.attribute)
-            if known.issuperset(node.input) and not subgraphs and node.op_type not in RANDOM:
-                known.update(node.output)
+            if known.keys() >= set(node.input) and not subgraphs and node.op_type not in RANDOM:
+                sources = set().union(*(known[name] for name in node.input))
+                for name in node.output:
+                    known.setdefault(name, sources)
         return known
 
     def _constant_data(self, node: gs.Node) -> bool:

@@ -15,17 +15,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from onnxlr.protos import graphs as protos
 from onnxlr.protos import tensors
 from onnxlr.sites.base import INDEX_TYPES, Family, Refusal, Site
+from onnxlr.sites.bodies import graphs, refusal, unseen
 from onnxlr.sites.constants import GraphView
 from onnxlr.sites.conv import Conv
 from onnxlr.sites.conv_transpose import ConvTranspose
 from onnxlr.sites.einsum import Einsum
+from onnxlr.sites.functions import in_functions
 from onnxlr.sites.gather import Gather
 from onnxlr.sites.gemm import Gemm
 from onnxlr.sites.macs import macs
 from onnxlr.sites.matmul import MatMul
-from onnxlr.sites.nested import nested_operators
 from onnxlr.sites.structure import Chain, find_chains, shared_inputs
 from onnxlr.sites.unsupported import REASONS
 from onnxlr.surgery import open_graph
@@ -160,8 +162,9 @@ def family_of(node: gs.Node) -> Family | None:
 
 
 def by_output(graph: gs.Graph) -> dict[str, gs.Node]:
-    """The nodes of a graph by each of their outputs."""
-    return {tensor.name: node for node in graph.nodes for tensor in node.outputs if tensor.name}
+    """The nodes of a graph and of the bodies in it, by each of their outputs."""
+    nodes = (node for scope, _ in graphs(graph) for node in scope.nodes)
+    return {tensor.name: node for node in nodes for tensor in node.outputs if tensor.name}
 
 
 def parameter_count(model: Model) -> int:
@@ -187,16 +190,21 @@ def take_inventory(model: Model, shapes: Mapping[str, tuple[int, ...]] | None = 
 
     modules = _torch_modules(model)
     sites: list[Site] = []
-    refusals, nested = nested_operators(model.proto, FAMILIES.keys() | REASONS.keys())
-    for node in graph.nodes:
+    refusals, in_functions_only = in_functions(model.proto, FAMILIES.keys() | REASONS.keys())
+    placed = [(node, bodies) for scope, bodies in graphs(graph) for node in scope.nodes]
+    for node, bodies in placed:
         family = family_of(node)
         found: Site | str | None = None
         if family is not None:
             found = family.find(node, view)
-        elif node.op in REASONS and _reads_constant_matrix(node, view):
+        elif node.op in REASONS and any(map(view.matrices, node.inputs)):
             found = REASONS[node.op]
         if isinstance(found, Site):
-            sites.append(replace(found, module=modules.get(found.output)))
+            found = refusal(bodies) or replace(
+                found, module=modules.get(found.output), bodies=bodies, unseen=unseen(bodies, graph.opset)
+            )
+        if isinstance(found, Site):
+            sites.append(found)
         elif found is not None:
             refusals.append(_refusal(node, found, view, shapes))
 
@@ -228,14 +236,14 @@ def take_inventory(model: Model, shapes: Mapping[str, tuple[int, ...]] | None = 
     seen = {chain.consumer for chain in chains} | {weight.name for members in shared for weight in members}
 
     # names of nodes need not be unique
-    per_node = [(node.name or node.outputs[0].name, macs(node, shapes)) for node in graph.nodes if node.outputs]
+    per_node = [(node.name or node.outputs[0].name, macs(node, shapes)) for node, _ in placed if node.outputs]
     return Inventory(
         model=model,
         weights=tuple(replace(weight, needs_input=weight.name in seen) for weight in weights),
         refusals=tuple(refusals),
         parameters=parameter_count(model),
         macs=sum(count for _, count in per_node if count is not None) if measured else None,
-        uncounted=(*(name for name, count in per_node if count is None), *nested) if measured else (),
+        uncounted=(*(name for name, count in per_node if count is None), *in_functions_only) if measured else (),
         chains=chains,
         shared=tuple(tuple(weight.name for weight in members) for members in shared),
         nodes=nodes,
@@ -246,7 +254,7 @@ def take_inventory(model: Model, shapes: Mapping[str, tuple[int, ...]] | None = 
 def _torch_modules(model: Model) -> dict[str, str]:
     """The innermost torch module of every node, by output, as torch's exporter leaves it in the node's metadata."""
     modules = {}
-    for node in model.proto.graph.node:
+    for node in (node for scope in protos(model.proto.graph) for node in scope.node):
         for entry in node.metadata_props:
             if entry.key == "pkg.torch.onnx.name_scopes":
                 try:
@@ -323,9 +331,7 @@ def _unobservable(members: list[Site]) -> str | None:
 
 
 def _refusal(node: gs.Node, reason: str, view: GraphView, shapes: Mapping[str, tuple[int, ...]]) -> Refusal:
-    constants = [tensor for tensor in node.inputs if tensor.name and view.is_constant(tensor)]
-    sources = sorted({source for tensor in constants for source in view.origins(tensor)})
-    weights = [source for source in sources if len(view.sources[source].dims) > 1]
+    weights = sorted({source for tensor in node.inputs for source in view.matrices(tensor)})
     return Refusal(
         name=node.name or (node.outputs[0].name if node.outputs else "?"),
         op=node.op,
@@ -333,14 +339,4 @@ def _refusal(node: gs.Node, reason: str, view: GraphView, shapes: Mapping[str, t
         sources=tuple(weights),
         parameters=sum(prod(view.sources[source].dims) for source in weights),
         macs=macs(node, shapes) if shapes else None,
-    )
-
-
-def _reads_constant_matrix(node: gs.Node, view: GraphView) -> bool:
-    return any(
-        view.is_constant(tensor)
-        and len(view.shape(tensor)) > 1
-        and view.dtype(tensor) not in ("int64", "int32", "bool")
-        for tensor in node.inputs
-        if tensor.name
     )

@@ -93,7 +93,7 @@ def _chain(
             return None
         if tensor.name in makers:
             maker = makers[tensor.name]
-            if maker is consumer or maker.d_out != width:
+            if maker is consumer or maker.d_out != width or maker.sites[0].bodies != site.bodies:
                 return None
             producers[maker.name] = maker
             continue
@@ -153,10 +153,10 @@ def _unit_axis(shape: tuple[int, ...], width: int) -> int | None:
 
 
 def shared_inputs(weights: Iterable[Weight]) -> list[tuple[Weight, ...]]:
-    """Weights that read one tensor along one axis, two or more at a time, by the order of the first."""
-    readers: dict[tuple[str, int, str], list[Weight]] = {}
+    """Weights that read one tensor along one axis in one graph, two or more at a time, by the order of the first."""
+    readers: dict[tuple[object, ...], list[Weight]] = {}
     for weight in weights:
         site = weight.sites[0]
         if len(weight.sites) == 1 and site.plain:
-            readers.setdefault((site.input, site.input_axis, weight.dtype), []).append(weight)
+            readers.setdefault((site.bodies, site.input, site.input_axis, weight.dtype), []).append(weight)
     return [tuple(members) for members in readers.values() if len(members) > 1]

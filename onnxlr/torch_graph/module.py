@@ -119,6 +119,10 @@ class TorchGraph(torch.nn.Module):  # type: ignore[misc]  # torch is Any to mypy
             raise ModelError(f"{self._where} has no weight {name!r}")
         return getattr(self, key)
 
+    def captured(self) -> set[str]:
+        """What bodies of If, Loop and Scan take from the main graph: a run may leave it out."""
+        return {name for step in self._graph.steps for body in step.bodies for name in body.captured}
+
     def tensor_names(self) -> list[str]:
         """All tensors that nodes of the main graph make, in the order of the nodes."""
         return [name for step in self._graph.steps for name in step.outputs if name]

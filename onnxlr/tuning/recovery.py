@@ -175,22 +175,22 @@ def _watched(
 
 
 def _reached(graph: TorchGraph, names: Sequence[str], trainer: Trainer, given: Any) -> dict[str, Any]:
-    """The parameters that the loss depends on."""
+    """The parameters that the loss depends on, in the first batch or, with bodies that may not run, in any."""
     parameters = {name: graph.weight(name) for name in names}
     for parameter in parameters.values():
         parameter.requires_grad_()
-    feed, mask = given[0]
     ours, theirs = trainer.lesson.asked
-    with torch.no_grad():
-        known = trainer.teacher(feed, outputs=theirs)
-    tensors = graph(feed, outputs=ours)
-    loss = trainer.lesson.loss(tensors, known, mask, None)
-    gradients = torch.autograd.grad(loss, [*parameters.values()], allow_unused=True)
-    reached = {}
-    for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
-        parameter.requires_grad_(gradient is not None)
-        if gradient is not None:
-            reached[name] = parameter
+    found: set[str] = set()
+    for feed, mask in given if graph.captured() else given[:1]:
+        with torch.no_grad():
+            known = trainer.teacher(feed, outputs=theirs)
+        loss = trainer.lesson.loss(graph(feed, outputs=ours), known, mask, None)
+        if loss.requires_grad:
+            gradients = torch.autograd.grad(loss, [*parameters.values()], allow_unused=True)
+            found |= {name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+    reached = {name: parameter for name, parameter in parameters.items() if name in found}
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in reached)
     if not reached:
         raise ModelError("no gradient reaches the weights that are to be trained: none of them can be")
     return reached

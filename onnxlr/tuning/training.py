@@ -122,6 +122,8 @@ class Trainer:
         optimizer = _optimizer(weights)
         half = any(parameter.dtype == torch.float16 for parameter in parameters.values())
         scaler = torch.amp.GradScaler(self.processes.device.type, enabled=half)
+        captured = self.student.captured()
+        idle = [parameter for name, parameter in parameters.items() if name in captured]
         module = self.processes.wrap(self.student)
         if resumed is not None:
             run = Run(resumed["step"], resumed["best"], resumed["value"], resumed["cuts"], resumed["history"])
@@ -140,7 +142,7 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["size"]
             optimizer.zero_grad(set_to_none=True)
-            loss = self._step(module, run.step, scaler)
+            loss = self._step(module, run.step, scaler, idle)
             total += loss
             weights.take_gradients()
             scaler.unscale_(optimizer)
@@ -174,8 +176,8 @@ class Trainer:
         run.ended = run.ended or f"all {self.steps} steps"
         return run
 
-    def _step(self, module: Any, step: int, scaler: Any) -> float:
-        """Gradients of one batch; the loss over all processes."""
+    def _step(self, module: Any, step: int, scaler: Any, idle: Sequence[Any]) -> float:
+        """Gradients of one batch, 0 for those of `idle` that it does not reach; the loss over all processes."""
         feed, chosen, share = self.stream[step]
         labels = None if self.labels is None else self._tensor(self.labels[chosen])
         given, mask = self._given(feed), mask_of(feed, self.mask)
@@ -188,6 +190,7 @@ class Trainer:
             with torch.no_grad():
                 known = self.teacher(given, outputs=theirs)
             part = self.lesson.loss(module(given, outputs=ours), known, mask, labels) * share
+        part = part + 0 * sum(parameter.flatten()[0] for parameter in idle)
         # processes average their gradients, which are parts of one sum
         scaler.scale(part * self.processes.size).backward()
         return float(self.processes.sum(part.detach()))
