@@ -287,36 +287,6 @@ def test_a_node_named_like_a_tensor_is_counted_beside_its_maker() -> None:
 IMAGE = random(0, 2, 4, 8, 8)
 STEPS = random(0, 3, 2, 6)
 UNSUPPORTED: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], int, int | None]] = {
-    "LSTM": (
-        "(float[S, N, 6] x) => (float[S, 2, N, 5] y)",
-        'y = LSTM<hidden_size = 5, direction = "bidirectional">(x, w, r, b)',
-        {"w": random(1, 2, 20, 6), "r": random(2, 2, 20, 5), "b": random(3, 2, 40)}, {"x": STEPS},
-        2 * (20 * 6 + 20 * 5 + 40), 3 * 2 * 2 * (4 * 5 * 6 + 4 * 5 * 5),
-    ),
-    "GRU": (
-        "(float[S, N, 6] x) => (float[S, 1, N, 5] y)", "y = GRU<hidden_size = 5>(x, w, r)",
-        {"w": random(1, 1, 15, 6), "r": random(2, 1, 15, 5)}, {"x": STEPS}, 15 * 11, 3 * 2 * 3 * 5 * 11,
-    ),
-    "RNN": (
-        "(float[S, N, 6] x) => (float[S, 1, N, 5] y)", "y = RNN<hidden_size = 5>(x, w, r)",
-        {"w": random(1, 1, 5, 6), "r": random(2, 1, 5, 5)}, {"x": STEPS}, 5 * 11, 3 * 2 * 5 * 11,
-    ),
-    "Attention": (
-        "(float[N, S, 6] x) => (float[N, S, 4] y)", "y = com.microsoft.Attention<num_heads = 2>(x, w, b)",
-        {"w": random(1, 6, 12), "b": random(2, 12)}, {"x": random(0, 2, 3, 6)}, 72, 2 * (3 * 6 * 12 + 2 * 3 * 3 * 4),
-    ),
-    "FusedMatMul": (
-        "(float[6, N] x) => (float[N, 5] y)", "y = com.microsoft.FusedMatMul<transA = 1>(x, w)",
-        {"w": W}, {"x": random(0, 6, 3)}, 30, 3 * 30,
-    ),
-    "FusedGemm": (
-        "(float[6, N] x) => (float[N, 5] y)", 'y = com.microsoft.FusedGemm<transA = 1, activation = "Relu">(x, w, b)',
-        {"w": W, "b": B}, {"x": random(0, 6, 3)}, 30, 3 * 30,
-    ),
-    "FusedConv": (
-        "(float[N, 4, 8, 8] x) => (float[N, 6, 6, 6] y)", 'y = com.microsoft.FusedConv<activation = "Relu">(x, w)',
-        {"w": random(1, 6, 4, 3, 3)}, {"x": IMAGE}, 6 * 4 * 9, 2 * 6 * 36 * 4 * 9,
-    ),
     "MatMulInteger": (
         "(uint8[N, 6] x) => (int32[N, 5] y)", "y = MatMulInteger(x, w)", {"w": np.ones((6, 5), np.int8)},
         {"x": np.ones((3, 6), np.uint8)}, 30, 3 * 30,

@@ -207,15 +207,13 @@ class Refusal:
 
 
 class Family(ABC):
-    """One kind of linear operator.
+    """One kind of linear operator that can be compressed.
 
     Matrices of a site are [d, e], or [groups, d, e] where it has groups; vectors of its output are [groups * d_out].
     """
 
     ops: ClassVar[frozenset[str]]
     domains: ClassVar[frozenset[str | None]] = ONNX_DOMAINS
-    adds_bias: ClassVar[bool]
-    """Whether its products take an addend, so that a correction needs no Add behind."""
 
     @abstractmethod
     def find(self, node: gs.Node, view: GraphView) -> Site | str | None:
@@ -227,7 +225,7 @@ class Family(ABC):
 
     @abstractmethod
     def stored(self, site: Site, matrix: NDArray[Any], *, reads_input: bool) -> NDArray[Any]:
-        """A matrix [d, e] as `product` reads it; `reads_input` where it multiplies the site's own input."""
+        """A matrix [d, e] as the graph reads it; `reads_input` where it multiplies the site's own input."""
 
     @abstractmethod
     def stored_bias(self, site: Site, bias: NDArray[Any]) -> NDArray[Any]:
@@ -243,8 +241,22 @@ class Family(ABC):
         count = (macs(node, shapes) or 0) / (site.groups * site.d_in * site.d_out)
         return count, count
 
+    def remaining(self, node: gs.Node) -> tuple[gs.Tensor, str] | None:
+        """Another weight of the node, which stays as it is, and why."""
+        return None
+
+    @abstractmethod
     def put(self, graph: gs.Graph, site: Site, node: gs.Node, parts: Parts) -> None:
         """Write the form that `parts` make up into `graph`, in the place of `node`."""
+
+
+class Product(Family):
+    """An operator that multiplies, and adds at most: all forms are made of its products."""
+
+    adds_bias: ClassVar[bool]
+    """Whether its products take an addend, so that a correction needs no Add behind."""
+
+    def put(self, graph: gs.Graph, site: Site, node: gs.Node, parts: Parts) -> None:
         emit(graph, self, site, node, parts)
 
     @abstractmethod

@@ -17,7 +17,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxlr.rows import Part, Patches, Rows
-from onnxlr.sites.base import BLOCKS_SINCE, FLOATING, Bias, Family, Site
+from onnxlr.sites.base import BLOCKS_SINCE, FLOATING, Bias, Product, Site
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -30,7 +30,7 @@ DEPTHWISE = (
 )
 
 
-class Conv(Family):
+class Conv(Product):
     """The operator Conv."""
 
     ops = frozenset({"Conv"})

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxlr.rows import Patches, Rows
-from onnxlr.sites.base import Family, Site
+from onnxlr.sites.base import Product, Site
 from onnxlr.sites.conv import (
     DEPTHWISE,
     as_kernel,
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from onnxlr.sites.constants import GraphView
 
 
-class ConvTranspose(Family):
+class ConvTranspose(Product):
     """The operator ConvTranspose."""
 
     ops = frozenset({"ConvTranspose"})

@@ -22,7 +22,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxlr.rows import side_by_side
-from onnxlr.sites.base import BLOCKS_SINCE, FLOATING, Family, Site, bias_behind
+from onnxlr.sites.base import BLOCKS_SINCE, FLOATING, Product, Site, bias_behind
 from onnxlr.sites.equation import ELLIPSIS, free_letter, spelled_out, terms
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Letters:
         return None
 
 
-class Einsum(Family):
+class Einsum(Product):
     """The operator Einsum."""
 
     ops = frozenset({"Einsum"})

@@ -17,7 +17,7 @@ import onnx_graphsurgeon as gs
 
 if TYPE_CHECKING:
     from onnxlr.forms import Window
-    from onnxlr.sites.base import Family, Site
+    from onnxlr.sites.base import Product, Site
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Parts:
     split: tuple[int, int] = (0, 0)
 
 
-def emit(graph: gs.Graph, family: Family, site: Site, node: gs.Node, parts: Parts) -> None:
+def emit(graph: gs.Graph, family: Product, site: Site, node: gs.Node, parts: Parts) -> None:
     """Replace `node` by the form that `parts` make up."""
     output = node.outputs[0]
     data = next(tensor for tensor in node.inputs if tensor.name == site.input)
@@ -76,7 +76,7 @@ def emit(graph: gs.Graph, family: Family, site: Site, node: gs.Node, parts: Part
     graph.nodes.remove(node)
 
 
-def _narrow_input(graph: gs.Graph, family: Family, site: Site, node: gs.Node, data: gs.Tensor, parts: Parts) -> None:
+def _narrow_input(graph: gs.Graph, family: Product, site: Site, node: gs.Node, data: gs.Tensor, parts: Parts) -> None:
     """`h = x_window + x_rest M`, the window at the start or the end."""
     assert parts.window is not None
     assert parts.first is not None
@@ -102,7 +102,7 @@ def _narrow_input(graph: gs.Graph, family: Family, site: Site, node: gs.Node, da
 
 def _widen_output(
     graph: gs.Graph,
-    family: Family,
+    family: Product,
     site: Site,
     node: gs.Node,
     parts: Parts,

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxlr.rows import Rows
-from onnxlr.sites.base import BLOCKS_SINCE, FLOATING, INDEX_DTYPES, Family, Site, bias_behind
+from onnxlr.sites.base import BLOCKS_SINCE, FLOATING, INDEX_DTYPES, Product, Site, bias_behind
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from onnxlr.sites.constants import GraphView
 
 
-class Gather(Family):
+class Gather(Product):
     """The operator Gather."""
 
     ops = frozenset({"Gather"})

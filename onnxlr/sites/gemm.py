@@ -13,7 +13,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxlr.rows import Rows
-from onnxlr.sites.base import BLOCKS_SINCE, FLOATING, Bias, Family, Site
+from onnxlr.sites.base import BLOCKS_SINCE, FLOATING, Bias, Product, Site
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from onnxlr.sites.constants import GraphView
 
 
-class Gemm(Family):
+class Gemm(Product):
     """The operator Gemm."""
 
     ops = frozenset({"Gemm"})

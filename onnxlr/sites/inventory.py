@@ -23,7 +23,10 @@ from onnxlr.sites.constants import GraphView
 from onnxlr.sites.conv import Conv
 from onnxlr.sites.conv_transpose import ConvTranspose
 from onnxlr.sites.einsum import Einsum
+from onnxlr.sites.front import Attention, FusedGemm, Recurrent
 from onnxlr.sites.functions import in_functions
+from onnxlr.sites.fused_conv import FusedConv
+from onnxlr.sites.fused_matmul import FusedMatMul
 from onnxlr.sites.gather import Gather
 from onnxlr.sites.gemm import Gemm
 from onnxlr.sites.macs import macs
@@ -42,7 +45,21 @@ if TYPE_CHECKING:
     from onnxlr.model_io import Model
 
 FAMILIES: dict[str, Family] = {
-    op: family for family in (MatMul(), Gemm(), Einsum(), Gather(), Conv(), ConvTranspose()) for op in family.ops
+    op: family
+    for family in (
+        MatMul(),
+        Gemm(),
+        Einsum(),
+        Gather(),
+        Conv(),
+        ConvTranspose(),
+        FusedMatMul(),
+        FusedGemm(),
+        FusedConv(),
+        Attention(),
+        Recurrent(),
+    )
+    for op in family.ops
 }
 """The family of every operator that can be compressed."""
 
@@ -205,6 +222,8 @@ def take_inventory(model: Model, shapes: Mapping[str, tuple[int, ...]] | None = 
             )
         if isinstance(found, Site):
             sites.append(found)
+            if family is not None and (remaining := family.remaining(node)):
+                refusals.append(_remaining(found, node, *remaining, view, shapes))
         elif found is not None:
             refusals.append(_refusal(node, found, view, shapes))
 
@@ -216,7 +235,7 @@ def take_inventory(model: Model, shapes: Mapping[str, tuple[int, ...]] | None = 
             refusals += [_refusal(nodes[site.output], reason, view, shapes) for site in members]
             continue
         counts = [macs(nodes[site.output], shapes) for site in members]
-        first = members[0]
+        first, rows = members[0], _rows(members, nodes, shapes)
         weights.append(
             Weight(
                 name=min(sources),
@@ -226,8 +245,8 @@ def take_inventory(model: Model, shapes: Mapping[str, tuple[int, ...]] | None = 
                 sites=tuple(members),
                 sources=sources,
                 parameters=sum(prod(view.shape(view.tensors[source])) for source in sources),
-                macs=None if None in counts else sum(count for count in counts if count is not None),
-                rows=_rows(members, nodes, shapes),
+                macs=None if None in counts else round(first.groups * rows[0] * first.d_in * first.d_out),
+                rows=rows,
             )
         )
 
@@ -327,6 +346,23 @@ def _unobservable(members: list[Site]) -> str | None:
         return None
     return (
         f"Gather {table.name!r} shows only its output and {hidden.op} {hidden.name!r} of the same weight only its input"
+    )
+
+
+def _remaining(
+    site: Site,
+    node: gs.Node,
+    weight: gs.Tensor,
+    reason: str,
+    view: GraphView,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> Refusal:
+    """A refusal of the weight of a node that is no part of its site."""
+    whole, own = macs(node, shapes), FAMILIES[site.op].rows(site, node, shapes)[0] * site.d_in * site.d_out
+    sources = tuple(sorted(view.matrices(weight)))
+    parameters = sum(prod(view.sources[source].dims) for source in sources)
+    return Refusal(
+        site.name, site.op, reason, sources, parameters, None if not shapes or whole is None else round(whole - own)
     )
 
 

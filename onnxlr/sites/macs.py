@@ -65,6 +65,9 @@ def _count(node: gs.Node, shapes: Mapping[str, Shape]) -> int | None:
     def of(index: int) -> Shape:
         return shapes[node.inputs[index].name]
 
+    if node.op in RECURRENT:
+        steps, batch = of(0)[:2]
+        return steps * batch * (prod(of(1)) + prod(of(2)))
     output = shapes[node.outputs[0].name]
     if node.op in MATRIX_PRODUCTS:
         inner = of(0)[-2 if node.attrs.get("transA", 0) and len(of(0)) > 1 else -1]
@@ -81,9 +84,6 @@ def _count(node: gs.Node, shapes: Mapping[str, Shape]) -> int | None:
         return prod(output) * prod(of(3)[1:])
     if node.op == "ConvTranspose":
         return prod(of(0)) * prod(of(1)[1:])
-    if node.op in RECURRENT:
-        steps, batch = of(0)[:2]
-        return steps * batch * (prod(of(1)) + prod(of(2)))
     if node.op == "Einsum":
         if len(node.inputs) != 2:
             return None
@@ -96,5 +96,5 @@ def _count(node: gs.Node, shapes: Mapping[str, Shape]) -> int | None:
         past = of(4)[-2] if len(node.inputs) > 4 and node.inputs[4].name else 0
         return (prod(of(0)) + prod(output)) * (of(1)[-2] + past)
     batch, length, width = of(0)  # com.microsoft Attention: packed projection, scores, mixing
-    packed = of(1)[1]
-    return batch * length * (width * packed + 2 * length * packed // 3)
+    queries, _, values = node.attrs.get("qkv_hidden_sizes", [of(1)[1] // 3] * 3)
+    return batch * length * (width * of(1)[1] + length * (queries + values))

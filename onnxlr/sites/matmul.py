@@ -20,7 +20,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxlr.rows import side_by_side
-from onnxlr.sites.base import BLOCKS_SINCE, FLOATING, Family, Site, bias_behind
+from onnxlr.sites.base import BLOCKS_SINCE, FLOATING, Product, Site, bias_behind
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from onnxlr.sites.constants import GraphView
 
 
-class MatMul(Family):
+class MatMul(Product):
     """The operator MatMul."""
 
     ops = frozenset({"MatMul"})

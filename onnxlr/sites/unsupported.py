@@ -11,17 +11,7 @@ LATER = "this operator is not supported yet"
 
 REASONS = {
     "EmbedLayerNormalization": f"embedding tables of a fused operator: {LATER}, compress before fusing",
-    "LSTM": f"recurrent weights: {LATER}",
-    "GRU": f"recurrent weights: {LATER}",
-    "RNN": f"recurrent weights: {LATER}",
-    "Attention": f"packed attention weights: {LATER}",
-    "PackedAttention": f"packed attention weights: {LATER}",
-    "DecoderMaskedSelfAttention": f"packed attention weights: {LATER}",
-    "FusedMatMul": f"fused operator: {LATER}",
-    "TransposeMatMul": f"fused operator: {LATER}",
-    "FusedGemm": f"fused operator: {LATER}",
-    "FusedMatMulActivation": f"fused operator: {LATER}",
-    "FusedConv": f"fused operator: {LATER}",
+    "FusedMatMulActivation": "a fused operator of DirectML: compress before fusing",
     "MatMulInteger": QUANTIZED,
     "MatMulIntegerToFloat": QUANTIZED,
     "DynamicQuantizeMatMul": QUANTIZED,

@@ -1,0 +1,255 @@
+"""Operators that do more than multiply, and onnxruntime's own that multiply: parity, moments, corrections, refusals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import pytest
+from models import parsed, random, relative, run
+
+import onnxlr
+from onnxlr.calibrate import accumulate, weight_moments
+from onnxlr.config import Config, Target
+from onnxlr.factorize import Factors
+from onnxlr.forms import Stored
+from onnxlr.rewrite import rewrite
+from onnxlr.session import Session
+from onnxlr.shapes import measure_shapes
+from onnxlr.sites import Inventory, take_inventory
+
+if TYPE_CHECKING:
+    from onnxlr.config import Objective
+    from onnxlr.model_io import Model
+
+    Array = np.ndarray[Any, Any]
+
+T = 4 * 3
+"""Rows of the data: four steps of three samples, or the other way round."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model of one such operator, data for it, the `W` that it should be seen as, and its multiplications in all."""
+
+    model: Model
+    x: Array
+    matrix: Array
+    macs: int
+    remaining: int = 0
+    seen: bool = False
+
+
+def case(signature: str, body: str, x: Array, matrix: Array, macs: int, remaining: int = 0, **weights: Array) -> Case:
+    seen = "FusedMatMul" in body
+    return Case(parsed(signature, body, **weights), x, matrix, macs, remaining, seen)
+
+
+def recurrent(
+    op: str, gates: int, attributes: str = "", directions: int = 1, *, bias: bool = True, y: bool = True
+) -> Case:
+    w, r = random(1, directions, gates * 5, 6) / 3, random(2, directions, gates * 5, 5) / 3
+    first = "y, h" if y else ", h"
+    last = f"float[{directions}, N, 5] h"
+    outputs = f"float[S, {directions}, N, 5] y, {last}" if y else last
+    weights = {"w": w, "r": r} | ({"b": random(4, directions, 2 * gates * 5)} if bias else {})
+    body = f"{first} = {op}<hidden_size = 5{attributes}>({', '.join(['x', *weights])})"
+    model = parsed(f"(float[S, N, 6] x) => ({outputs})", body, **weights)
+    return Case(model, random(3, 4, 3, 6), w.reshape(-1, 6).T, T * (w.size + r.size), r.size)
+
+
+def attention(attributes: str, widths: tuple[int, int, int], *, bias: bool = True) -> Case:
+    w = random(1, 6, sum(widths)) / 2
+    weights = {"w": w, "b": random(2, sum(widths))} if bias else {"w": w}
+    body = f"y = com.microsoft.Attention<num_heads = 2{attributes}>({', '.join(['x', *weights])})"
+    model = parsed(f"(float[N, S, 6] x) => (float[N, S, {widths[2]}] y)", body, **weights)
+    scores = 3 * 4 * 4 * (widths[0] + widths[2])
+    return Case(model, random(3, 3, 4, 6), w, T * w.size + scores)
+
+
+CONV, GEMM, B = random(1, 5, 6, 3, 3) / 4, random(1, 6, 5), random(2, 5)
+IMAGE = random(3, 2, 6, 7, 7)
+CONVOLVED = CONV.reshape(5, -1).T
+MATRIX, TURNED = "(float[N, 6] x) => (float[N, 5] y)", "(float[B, 6, N] x) => (float[B, N, 5] y)"
+CASES = {
+    "lstm": recurrent("LSTM", 4),
+    "lstm both ways, no bias": recurrent("LSTM", 4, ', direction = "bidirectional"', 2, bias=False),
+    "lstm, last state only": recurrent("LSTM", 4, y=False),
+    "gru": recurrent("GRU", 3),
+    "gru, other order": recurrent("GRU", 3, ', linear_before_reset = 1, direction = "reverse"'),
+    "gru, no bias": recurrent("GRU", 3, bias=False),
+    "rnn both ways": recurrent("RNN", 1, ', direction = "bidirectional"', 2),
+    "attention": attention("", (4, 4, 4)),
+    "attention of other values": attention(", qkv_hidden_sizes = [4, 4, 8]", (4, 4, 8)),
+    "attention, no bias": attention(", unidirectional = 1", (6, 6, 6), bias=False),
+    "fused gemm": case(
+        MATRIX, 'y = com.microsoft.FusedGemm<activation = "Relu", alpha = 0.5, beta = 2.0>(x, w, b)',
+        random(3, T, 6), 0.5 * GEMM, T * 30, w=GEMM, b=B,
+    ),
+    "fused gemm, turned, no bias": case(
+        MATRIX, 'y = com.microsoft.FusedGemm<activation = "Tanh", transB = 1>(x, w)',
+        random(3, T, 6), GEMM, T * 30, w=GEMM.T.copy(),
+    ),
+    "fused conv": case(
+        "(float[N, 6, 7, 7] x) => (float[N, 5, 4, 4] y)",
+        'y = com.microsoft.FusedConv<activation = "Relu", strides = [2, 2], pads = [1, 1, 1, 1]>(x, w, b)',
+        IMAGE, CONVOLVED, 2 * 16 * CONV.size, w=CONV, b=B,
+    ),
+    "fused conv with an addend": case(
+        "(float[N, 6, 7, 7] x) => (float[N, 5, 5, 5] y)",
+        'z = Conv(x, v) y = com.microsoft.FusedConv<activation = "Relu">(x, w, b, z)',
+        IMAGE, CONVOLVED, 2 * 2 * 25 * CONV.size, w=CONV, b=B, v=np.zeros_like(CONV),
+    ),
+    "fused matmul": case(
+        MATRIX, "y = com.microsoft.FusedMatMul<alpha = 2.0, transB = 1>(x, w)",
+        random(3, T, 6), 2 * GEMM, T * 30, w=GEMM.T.copy(),
+    ),
+    "fused matmul of turned data": case(
+        TURNED, "y = com.microsoft.FusedMatMul<transA = 1>(x, w)", random(3, 3, 6, 4), GEMM, T * 30, w=GEMM
+    ),
+    "fused matmul on the left": case(
+        "(float[B, 6, N] x) => (float[B, 5, N] y)", "y = com.microsoft.FusedMatMul<transA = 1, alpha = 0.5>(w, x)",
+        random(3, 3, 6, 4), 0.5 * GEMM, T * 30, w=GEMM,
+    ),
+    "fused matmul on the left of turned data": case(
+        "(float[B, N, 6] x) => (float[B, 5, N] y)", "y = com.microsoft.FusedMatMul<transB = 1>(w, x)",
+        random(3, 3, 4, 6), GEMM, T * 30, w=GEMM.T.copy(),
+    ),
+}  # fmt: skip
+
+
+def inventory_of(given: Case) -> Inventory:
+    return take_inventory(given.model, measure_shapes(given.model, {"x": given.x}))
+
+
+def pair(matrix: Array, rank: int | None = None, bias: Array | None = None) -> Stored:
+    u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+    return Stored.pair(Factors(u[:, :rank] * s[:rank] ** 0.5, s[:rank, None] ** 0.5 * vt[:rank], bias))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_weight_is_laid_out_and_counted(name: str) -> None:
+    given = CASES[name]
+    inventory = inventory_of(given)
+    weight = next(weight for weight in inventory.weights if weight.name == "w")
+    np.testing.assert_allclose(inventory.matrix(weight), given.matrix, rtol=1e-6)
+    assert bool(weight.sites[0].output_rows) == given.seen
+    assert inventory.macs == given.macs
+    rows = given.x.shape[0] * 16 if name == "fused conv" else 50 if "addend" in name else T
+    assert weight.macs == rows * given.matrix.size
+    assert weight.macs_of(((weight.d_in, 2), (2, weight.d_out))) == rows * 2 * sum(given.matrix.shape)
+    remaining = [(refusal.parameters, refusal.macs, refusal.sources) for refusal in inventory.refusals]
+    assert remaining == ([(given.remaining, T * given.remaining, ("r",))] if given.remaining else [])
+    assert sum(weight.parameters for weight in inventory.weights) >= given.matrix.size
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_full_rank_is_the_dense_model_and_corrections_take_what_rows_get(name: str) -> None:
+    given = CASES[name]
+    inventory = inventory_of(given)
+    weight = next(weight for weight in inventory.weights if weight.name == "w")
+    dense = run(given.model, x=given.x)
+    whole = rewrite(inventory, {"w": pair(given.matrix)})
+    onnx.checker.check_model(whole.proto)
+    assert "w" not in {tensor.name for tensor in whole.proto.graph.initializer}
+    for output, values in run(whole, x=given.x).items():
+        assert relative(dense[output], values) < 1e-5
+    # what is added to every row by a constant last feature of x comes back as a correction
+    rows = given.x.copy()
+    if "conv" in name:
+        return
+    axis = weight.sites[0].input_axis
+    last = np.moveaxis(rows, axis, -1)
+    last[..., -1] = 1.5
+    without = given.matrix.copy()
+    without[-1] = 0
+    corrected = rewrite(inventory, {"w": pair(without, bias=1.5 * given.matrix[-1])})
+    expected = run(given.model, x=rows)
+    for output, values in run(corrected, x=rows).items():
+        assert relative(expected[output], values) < 2e-5
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_moments_are_those_of_the_input(name: str) -> None:
+    given = CASES[name]
+    inventory = inventory_of(given)
+    weight = next(weight for weight in inventory.weights if weight.name == "w")
+    config = Config(objective="utilized", threads=1)
+    stats = accumulate(given.model, inventory, [{"x": given.x}], Session(given.model).inputs, config)
+    (moments,) = weight_moments(stats, inventory, weight, "utilized")
+    (place,) = weight.sites[0].input_rows
+    rows = place.of(given.x).astype(np.float64)
+    np.testing.assert_allclose(moments.gram, rows.T @ rows, rtol=1e-4, atol=1e-4)
+    assert moments.count == len(rows)
+
+
+@pytest.mark.parametrize(
+    ("signature", "body", "weights", "reason"),
+    [
+        (
+            "(float[S, N, 6] x, float[1, 40] b) => (float[S, 1, N, 5] y)",
+            "y = LSTM<hidden_size = 5>(x, w, r, b)",
+            {"w": random(1, 1, 20, 6), "r": random(2, 1, 20, 5)},
+            "its bias is not constant: make it an initializer that is no input of the graph",
+        ),
+        (
+            "(float[6, N] x) => (float[N, 5] y)",
+            'y = com.microsoft.FusedGemm<transA = 1, activation = "Relu">(x, w, b)',
+            {"w": GEMM, "b": B},
+            "it transposes its input: compress before fusing",
+        ),
+        (
+            "(float[6, N] x) => (float[5, N] y)",
+            'y = com.microsoft.FusedGemm<activation = "Relu">(w, x)',
+            {"w": GEMM.T.copy()},
+            "its weight is on the left: compress before fusing",
+        ),
+        (
+            MATRIX,
+            'y = com.microsoft.FusedGemm<activation = "Relu">(x, w, b)',
+            {"w": GEMM, "b": random(1, 1, 1)},
+            "what it adds is no vector of 5 numbers: compress before fusing",
+        ),
+        (
+            "(float[2, N, 6] x) => (float[2, N, 5] y)",
+            "y = com.microsoft.FusedMatMul(x, w)",
+            {"w": random(1, 2, 6, 5)},
+            "its weight has 3 axes, [2, 6, 5]: compress before fusing",
+        ),
+    ],
+)
+def test_what_is_refused(signature: str, body: str, weights: dict[str, Array], reason: str) -> None:
+    inventory = take_inventory(parsed(signature, body, **weights))
+    assert not inventory.weights
+    assert reason in {refusal.reason for refusal in inventory.refusals}
+
+
+def test_the_attention_of_onnx_has_no_weight() -> None:
+    signature = "(float[N, S, 8] q, float[N, S, 8] k, float[N, S, 8] v) => (float[N, S, 8] y)"
+    body = "y = Attention<q_num_heads = 2, kv_num_heads = 2>(q, k, v)"
+    inventory = take_inventory(parsed(signature, body, opset=23, ir=11))
+    assert not inventory.weights
+    assert not inventory.refusals
+
+
+@pytest.mark.parametrize("objective", ["output", "fisher", "weight"])
+def test_a_recurrent_network_keeps_six_tenths(objective: Objective) -> None:
+    if objective == "fisher":
+        pytest.importorskip("torch")
+    generator = np.random.default_rng(0)
+    thin = (generator.standard_normal((64, 4)) @ generator.standard_normal((4, 48))).astype(np.float32) / 4
+    weights = {
+        "w": random(1, 1, 64, 48) / 7, "r": random(2, 1, 64, 16) / 8, "b": random(3, 1, 128), "v": random(4, 16, 3)
+    }  # fmt: skip
+    body = ", h = LSTM<hidden_size = 16>(x, w, r, b) t = Transpose<perm = [1, 0, 2]>(h) k = Flatten(t) y = MatMul(k, v)"
+    model = parsed("(float[8, N, 48] x) => (float[N, 3] y)", body, **weights)
+    data = [(random(seed, 8, 1, 64) @ thin).astype(np.float32) for seed in range(64)]
+    config = Config(objective=objective, target=Target("keep_params", 0.6), rank_multiple=1, threads=1, batch=1)
+    report = onnxlr.compress(model, [{"x": x} for x in data], config)
+    (own,) = [weight for weight in report.weights if weight.name == "w"]
+    assert own.rank is not None
+    assert own.rank < 30
+    # the data lie in four dimensions, which a plain decomposition of the weight does not know
+    assert (report.validation.error < 1e-3) == (objective != "weight")
