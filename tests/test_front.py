@@ -19,6 +19,7 @@ from onnxlr.rewrite import rewrite
 from onnxlr.session import Session
 from onnxlr.shapes import measure_shapes
 from onnxlr.sites import Inventory, take_inventory
+from onnxlr.trial import Trial
 
 if TYPE_CHECKING:
     from onnxlr.config import Objective
@@ -183,6 +184,23 @@ def test_the_moments_are_those_of_the_input(name: str) -> None:
     rows = place.of(given.x).astype(np.float64)
     np.testing.assert_allclose(moments.gram, rows.T @ rows, rtol=1e-4, atol=1e-4)
     assert moments.count == len(rows)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_can_be_tried_on_one_graph(name: str) -> None:
+    given = CASES[name]
+    inventory = inventory_of(given)
+    session = Session(given.model)
+    weights = [weight for weight in inventory.weights if weight.name == "w"]
+    trial = Trial(inventory, weights, session.inputs, Config(threads=1), corrected=True)
+    observed = trial.observe([{"x": given.x}])
+    assert trial.error({}, observed) < 1e-5
+    cut = pair(given.matrix, 2)
+    assert cut.first is not None
+    factors = {"w": Factors(cut.first, cut.second, None)}
+    small = run(rewrite(inventory, {"w": cut}), x=given.x)
+    errors = [relative(values, small[output]) for output, values in session.run({"x": given.x}).items()]
+    assert trial.error(factors, observed) == pytest.approx(np.sqrt(np.mean(np.square(errors))), rel=1e-4)
 
 
 @pytest.mark.parametrize(

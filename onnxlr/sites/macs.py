@@ -97,4 +97,4 @@ def _count(node: gs.Node, shapes: Mapping[str, Shape]) -> int | None:
         return (prod(of(0)) + prod(output)) * (of(1)[-2] + past)
     batch, length, width = of(0)  # com.microsoft Attention: packed projection, scores, mixing
     queries, _, values = node.attrs.get("qkv_hidden_sizes", [of(1)[1] // 3] * 3)
-    return batch * length * (width * of(1)[1] + length * (queries + values))
+    return batch * length * (width * of(1)[1] + length * int(queries + values))
