@@ -28,6 +28,11 @@ BUDGETS: frozenset[TargetKind] = frozenset({"keep_params", "keep_macs", "max_lat
 """Targets that are a share of what the dense model costs, and allocated; others hold for each weight or are sought."""
 
 
+def multiple_for(provider: str) -> int:
+    """What ranks should be multiples of: CPU kernels compute 16 columns at a time, a GPU's half-precision units 8."""
+    return 16 if provider.lower() in ("cpu", "cpuexecutionprovider") else 8
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """How far to compress; one of these at a time.

@@ -30,13 +30,12 @@ from onnxlr.case import (
 )
 from onnxlr.choice import Part
 from onnxlr.config import BUDGETS, Config
-from onnxlr.costs import Latency, Macs, Parameters
+from onnxlr.costs import Latency, Macs, Parameters, timed_dtype
 from onnxlr.data import ImageOptions, batches, fixed_batch, sample_count, spread
 from onnxlr.errors import ConfigError, GateError, ModelError, OutputError
 from onnxlr.factorize import Gain
 from onnxlr.files import require_writable
 from onnxlr.groups import group
-from onnxlr.latency import Timings
 from onnxlr.layer import Layer, grouped
 from onnxlr.metrics import load_metric
 from onnxlr.model_io import load, save
@@ -44,6 +43,7 @@ from onnxlr.rewrite import rewrite
 from onnxlr.session import fused_operators
 from onnxlr.summary import summarize
 from onnxlr.targets import Chooser, by_energy
+from onnxlr.timing_cache import recalled
 from onnxlr.trial import Trial
 from onnxlr.validate import validate
 
@@ -312,7 +312,7 @@ def _costs(case: Case, config: Config) -> Costs:
         return Parameters(case.inventory)
     feed = _bench_feed(case, config)
     (dense,) = compare_latency([case.model], feed, provider=config.provider, threads=config.threads)
-    timings = Timings(provider=config.provider, threads=config.threads)
+    timings, _ = recalled(provider=config.provider, threads=config.threads, dtype=timed_dtype(case.weights))
     return Latency(
         case.inventory, timings, sample_count(feed, case.inputs), 1e3 * dense.p10_ms
     )  # other load only ever adds

@@ -2,7 +2,10 @@
 
 A `Session` is one loaded model on one execution provider. It never falls back to another provider in silence, and it
 can run in streaming order, where every node runs as soon as its inputs exist: probes added to a graph then free the
-activations they read at once, instead of keeping all of them alive to the end of the run.
+activations they read at once, instead of keeping all of them alive to the end of the run. Its threads sleep while there
+is no work for them. By default onnxruntime's go on looking for it, after the end of a run too, and so take the cores
+from the next session; and where another process has a core, one thread then looks on at full speed while the other, which
+has the work, waits for its turn (`tools/turns.py`).
 """
 
 from __future__ import annotations
@@ -88,7 +91,8 @@ class Session:
     Parameters
     ----------
     model
-        What to run; its external data are read by onnxruntime from `model.folder`.
+        What to run; its external data are read by onnxruntime from `model.folder`. A path is read by onnxruntime
+        alone, so that no other copy of the weights is in memory.
     provider
         A key of `PROVIDERS`, or onnxruntime's own name of a provider.
     threads
@@ -111,7 +115,7 @@ class Session:
 
     def __init__(
         self,
-        model: Model,
+        model: Model | Path,
         *,
         provider: str = "cpu",
         threads: int = 0,
@@ -120,7 +124,8 @@ class Session:
         save_optimized: Path | None = None,
     ) -> None:
         ort = import_onnxruntime()
-        self.name = str(model.path or "the model")
+        path, folder = (model, model.parent) if isinstance(model, Path) else (model.path, model.folder)
+        self.name = str(path or "the model")
         self.provider = PROVIDERS.get(provider.lower(), provider)
         if self.provider not in ort.get_available_providers():
             raise InstallError(
@@ -131,6 +136,7 @@ class Session:
         options.log_severity_level = 4
         options.intra_op_num_threads = threads
         options.enable_mem_pattern = False  # planned for one shape; batches differ in size and length
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if streaming:
             options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
         if not optimize:
@@ -142,10 +148,11 @@ class Session:
             options.add_session_config_entry(prefix + "file_name", save_optimized.name + ".data")
             options.add_session_config_entry(prefix + "min_size_in_bytes", "1024")
         options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", os.fspath(model.folder.resolve())
+            "session.model_external_initializers_file_folder_path", os.fspath(folder.resolve())
         )
+        source = os.fspath(model) if isinstance(model, Path) else model.serialize()
         try:
-            self._session = ort.InferenceSession(model.serialize(), options, providers=[self._provider_options()])
+            self._session = ort.InferenceSession(source, options, providers=[self._provider_options()])
         except Exception as error:  # onnxruntime raises a dozen unrelated types
             raise ModelError(f"onnxruntime cannot load {self.name}: {_first_line(error)}") from error
         if self.provider not in self._session.get_providers():
