@@ -5,9 +5,9 @@ seconds, so the times of one round share them, and the ratio of two models is ta
 
     ratio of B = median over rounds of (time of B / time of A)
 
-which is steadier than the ratio of two medians measured one after the other. The models' sessions share a process, and no
-thread of one is awake while another runs (`onnxlr.session`), or ratios would be pulled towards 1 on few cores. Where
-an application lets onnxruntime's threads spin on idle cores, all of its models run some percent faster than here.
+which is steadier than the ratio of two medians measured one after the other. The models' sessions share a process,
+and no thread of one is awake while another runs (`onnxlr.session`), or ratios would be pulled towards 1 on few cores.
+Where an application lets onnxruntime's threads spin on idle cores, all its models run some percent faster than here.
 """
 
 from __future__ import annotations
@@ -119,8 +119,8 @@ def compare_latency(
     times = np.asarray(rounds)
     middle, low, high = 1e3 * np.quantile(times, _QUANTILES, axis=0)
     ratio, least, most = np.quantile(times / times[:, :1], _QUANTILES, axis=0)
-    columns = np.stack([middle, low, high, ratio, least, most], axis=1).tolist()
-    return [Latency(*column, len(rounds)) for column in columns]
+    columns = np.stack([middle, low, high, ratio, least, most]).T.tolist()
+    return [Latency(a, b, c, d, e, f, len(rounds)) for a, b, c, d, e, f in columns]
 
 
 def clock_of(provider: str, threads: int) -> Callable[[], float]:

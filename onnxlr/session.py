@@ -4,8 +4,8 @@ A `Session` is one loaded model on one execution provider. It never falls back t
 can run in streaming order, where every node runs as soon as its inputs exist: probes added to a graph then free the
 activations they read at once, instead of keeping all of them alive to the end of the run. Its threads sleep while there
 is no work for them. By default onnxruntime's go on looking for it, after the end of a run too, and so take the cores
-from the next session; and where another process has a core, one thread then looks on at full speed while the other, which
-has the work, waits for its turn (`tools/turns.py`).
+from the next session; and where another process has a core, one thread then looks on at full speed while the other,
+which has the work, waits for its turn (`tools/turns.py`).
 """
 
 from __future__ import annotations

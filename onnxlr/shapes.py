@@ -50,7 +50,7 @@ def measure_shapes(model: Model, sample: Sample, *, provider: str = "cpu") -> di
 
 
 def synthetic_sample(inputs: Sequence[TensorSpec], batch: int = 1) -> Feed:
-    """Samples for a model without data: `batch` where that is free, free axes at a usual length, normal numbers or ones."""
+    """Samples for want of data: `batch` where that is free, other axes at a usual length; normal numbers or ones."""
     generator = np.random.default_rng(0)
     sample = {}
     symbols: dict[str, int] = {}
