@@ -39,6 +39,8 @@ from onnxlr.groups import group
 from onnxlr.layer import Layer, grouped
 from onnxlr.metrics import load_metric
 from onnxlr.model_io import load, save
+from onnxlr.quantize import quantize
+from onnxlr.report import Quantized
 from onnxlr.rewrite import rewrite
 from onnxlr.session import fused_operators
 from onnxlr.summary import summarize
@@ -68,6 +70,8 @@ SEARCH_SAMPLES = 256
 """Held-out samples that a search runs again and again; the final validation takes all of them."""
 IMPORTANCE_SAMPLES = 16
 """Calibration samples on which the importance of every weight is measured."""
+QUANTIZE_SAMPLES = 64
+"""Calibration samples that show the range of activations, where those are quantized beforehand."""
 ATTEMPTS = 3
 """Searches for a target, each stricter than the one before, until all held-out samples agree that it is met."""
 
@@ -130,6 +134,8 @@ def compress(
     path = None if output is None else Path(output)
     if path is not None:
         require_writable(path, force=force)
+    if config.then in ("int8", "int8-static") and config.forms != {"block"}:
+        config = replace(config, forms=config.forms - {"block"})
     if config.objective == "utilized":  # it has no least squares to narrow a layer or to share a factor by
         config = replace(config, forms=config.forms & {"pair", "block"})
     clock = Clock()
@@ -147,29 +153,30 @@ def compress(
         config, why = resolve(config, stats)
     with clock.stage("prepare"):
         parts = parts_of(case, stats, config)
-    plan, compressed, validation = _meet_target(case, parts, config, truth, clock, progress)
+    plan, result = _meet_target(case, parts, config, truth, clock, progress)
     recovery = None
     if tuning is not None and plan.stored:
         with clock.stage("finetune"):
-            compressed, recovery = tune(compressed, case, config, tuning, truth, progress)
-        with clock.stage("validate"):
-            validation = _validate(case, compressed, config, truth, progress)
+            tuned, recovery = tune(result.compressed, case, config, tuning, truth, progress)
+        result = _finish(case, tuned, config, truth, clock, progress)
     with clock.stage("benchmark"):
-        feed = _bench_feed(case, config)
-        dense, low_rank = compare_latency(
-            [case.model, compressed], feed, provider=config.provider, threads=config.threads
-        )
-        fused = (_fused(case.model, config), _fused(compressed, config))
-    file_bytes = len(compressed.serialize()) if path is None else 0
+        models = [case.model, result.compressed, *([result.quantized] if result.quantized else [])]
+        latencies = compare_latency(models, _bench_feed(case, config), provider=config.provider, threads=config.threads)
+        fused = (_fused(case.model, config), _fused(result.compressed, config))
+    written = result.written.nbytes
     if path is not None:
         with clock.stage("save"):
             # a model that the checker refuses to begin with is not made worse by its compression
-            save(compressed, path, force=force, check=passes_check(case.model))
-            file_bytes = load(path).nbytes
+            save(result.written, path, force=force, check=passes_check(case.model))
+            written = load(path).nbytes
+    quantized = None
+    if result.judged is not result.validation:
+        own = latencies[2]
+        quantized = Quantized(str(config.then), written, own.median_ms, own.ratio, result.judged)
     return summarize(
-        case, parts, plan, config, why, stats, validation, compressed, recovery,
-        output=path, file_bytes=file_bytes, latencies=(dense, low_rank), fused=fused,
-        seconds=clock.seconds,
+        case, parts, plan, config, why, stats, result.validation, result.compressed, recovery,
+        output=path, file_bytes=written if quantized is None else result.compressed.nbytes, quantized=quantized,
+        latencies=latencies, fused=fused, seconds=clock.seconds,
     )  # fmt: skip
 
 
@@ -227,8 +234,8 @@ def _meet_target(
     labels: NDArray[np.int64] | None,
     clock: Clock,
     progress: Progress,
-) -> tuple[Plan, Model, Validation]:
-    """A plan, its model, and the validation that shows the target met on all held-out samples."""
+) -> tuple[Plan, _Result]:
+    """A plan, its models, and the validation that shows the target met on all held-out samples."""
     target, chooser = config.target, None
     # nothing to cut meets every bound, but no budget below the whole
     if target.kind != "energy" and (parts or target.kind in BUDGETS):
@@ -245,11 +252,11 @@ def _meet_target(
                 break  # what was asked for could be planned, only not what would make up for the difference
         with clock.stage("rewrite"):
             compressed = rewrite(case.inventory, plan.stored)
-        with clock.stage("validate"):
-            validation = _validate(case, compressed, config, labels, progress)
+        result = _finish(case, compressed, config, labels, clock, progress)
+        validation = result.judged
         if target.kind == "max_error" and validation.error > target.value:
             reached = f"a relative error of {validation.error:.4g}"
-            limit *= 0.99 * target.value / validation.error
+            limit *= _stricter(config, result)
         elif target.kind == "min_metric_kept" and not _metric_kept(validation, target.value):
             reached = f"{validation.metric_b:.4g} of {validation.metric_a:.4g}"
             limit += (1 - limit) / 2
@@ -257,7 +264,7 @@ def _meet_target(
             reached = f"{ratio:.3f} of the dense latency"
             limit *= 0.98 * target.value / ratio
         else:
-            return plan, compressed, validation
+            return plan, result
     if target.kind == "max_latency":
         raise GateError(
             f"--{target} holds for the times of single products, but the model took {reached}: ask for at least that"
@@ -266,6 +273,51 @@ def _meet_target(
         f"--{target} holds on {SEARCH_SAMPLES} held-out samples but not on all {validation.samples}, where "
         f"{reached} was reached: ask for a little more and try again"
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """The compressed model and its parity, and what fewer bits make of it where they are asked for."""
+
+    compressed: Model
+    validation: Validation
+    quantized: Model | None
+    judged: Validation
+
+    @property
+    def written(self) -> Model:
+        return self.quantized or self.compressed
+
+
+def _finish(
+    case: Case,
+    compressed: Model,
+    config: Config,
+    labels: NDArray[np.int64] | None,
+    clock: Clock,
+    progress: Progress,
+) -> _Result:
+    with clock.stage("validate"):
+        alone = _validate(case, compressed, config, labels, progress)
+    if config.then is None:
+        return _Result(compressed, alone, None, alone)
+    with clock.stage("quantize"):
+        feeds = batches(spread(case.calibration, QUANTIZE_SAMPLES), config.batch, case.inputs)
+        quantized = quantize(compressed, config.then, feeds)
+    with clock.stage("validate"):
+        return _Result(compressed, alone, quantized, _validate(case, quantized, config, labels, progress))
+
+
+def _stricter(config: Config, result: _Result) -> float:
+    """By what the bound on the error of low rank has to shrink, where what fewer bits add is in squares."""
+    alone, both, bound = result.validation.error, result.judged.error, config.target.value
+    added = max(0.0, both**2 - alone**2)
+    if not added < bound**2:
+        raise GateError(
+            f"--{config.target} cannot be reached with --then {config.then}, which adds an error of {added**0.5:.4g}: "
+            "ask for more than that, or leave --then out"
+        )
+    return min(1.0, 0.99 * (bound**2 - added) ** 0.5 / alone) if alone else 1.0
 
 
 def _validate(

@@ -22,7 +22,7 @@ from onnxlr.cli.options import (
     training,
 )
 from onnxlr.cli.output import describe_verdict, progress_bars, show, show_json, show_stats
-from onnxlr.config import ALLOCATIONS, FORMS, OBJECTIVES, TARGETS, Config, Target
+from onnxlr.config import ALLOCATIONS, FORMS, OBJECTIVES, TARGETS, THENS, Config, Target
 from onnxlr.report import terminal
 
 if TYPE_CHECKING:
@@ -185,6 +185,8 @@ def merge(stats: Sequence[Path], output: Path, force: bool, as_json: bool, quiet
               help="How often importances are measured again at the plan that was found.")  # fmt: skip
 @click.option("--stats", type=FILE, help="Moments to use in place of calibration, from `calibrate` or `merge`.")
 @click.option("--finetune", is_flag=True, help="Train the compressed model to do what MODEL does; needs torch.")
+@click.option("--then", type=click.Choice(THENS),
+              help="Store the result in fewer bits: 8-bit weights, activations too, or half precision.")  # fmt: skip
 @click.option("--report", type=FILE, help="Write the whole report here, as JSON.")
 @click.option("--force", is_flag=True, help="Replace existing files.")
 @training
