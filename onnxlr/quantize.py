@@ -114,8 +114,7 @@ def turned(model: Model) -> Model:
     constants = {
         one.name: one for one in graph.initializer if one.data_type == TensorProto.FLOAT and len(one.dims) == 2
     }
-    reads = Counter(name for node in graph.node for name in node.input)
-    reads.update(output.name for output in graph.output)
+    reads = _reads(graph)
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
         if node.op_type == "MatMul" and node.input[1] in constants and reads[node.input[1]] == 1:
@@ -134,6 +133,17 @@ def turned(model: Model) -> Model:
             second = constants[other.input[1]]
             _replace(second, rotation.T @ model.array(second))
     return from_proto(proto, model.folder)
+
+
+def _reads(graph: onnx.GraphProto) -> Counter[str]:
+    """How often each name is read, by bodies of If and Loop and as an output too."""
+    reads = Counter(output.name for output in graph.output)
+    for node in graph.node:
+        reads.update(node.input)
+        for attribute in node.attribute:
+            for body in (attribute.g, *attribute.graphs):
+                reads.update(_reads(body))
+    return reads
 
 
 def _replace(tensor: TensorProto, values: np.ndarray[Any, Any]) -> None:

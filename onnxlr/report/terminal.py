@@ -103,7 +103,8 @@ def _figures(report: Report) -> Table:
                                               percent(fewer.file_bytes, before.file_bytes)]))  # fmt: skip
     table.add_row("latency", milliseconds(before.latency_ms), milliseconds(after.latency_ms),
                   percent(report.latency_ratio, 1),
-                  *([] if fewer is None else [milliseconds(fewer.latency_ms), percent(fewer.latency_ratio, 1)]))  # fmt: skip
+                  *([] if fewer is None else [milliseconds(fewer.latency_ms),
+                                              percent(fewer.latency_ratio, 1)]))  # fmt: skip
     if before.metric is not None and after.metric is not None and report.validation is not None:
         name = report.validation.metric_name or "metric"
         cells = [f"{before.metric:.4f}", f"{after.metric:.4f}", percent(after.metric, before.metric)]
