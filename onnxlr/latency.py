@@ -64,8 +64,8 @@ WARMUP, MIN_ROUNDS, MAX_ROUNDS = 2, 5, 30
 SECONDS = 0.05
 """For each point: no round begins later than all of them together after the first, once `MIN_ROUNDS` are done."""
 QUANTILE = 0.1
-CHECKED, TRUSTED = 12, 0.1
-"""How many times of an earlier process are measured again, and by what share half of them may be out of proportion."""
+CHECKED, TRUSTED = 12, 0.15
+"""How many times of an earlier process are measured again, and by what share three of four must be in proportion."""
 
 _REFERENCE = (256, (256, 256))  # rows and sizes of the product that tells the machine's pace
 
@@ -169,8 +169,8 @@ class Timings:
         Returns
         -------
         bool
-            False where half of what was measured again is off by more than `TRUSTED` after scaling, or nothing is in
-            the document: then nothing was taken over.
+            False where a quarter of what was measured again is off by more than `TRUSTED` after scaling, or the document
+            is empty: then nothing was taken over.
 
         Raises
         ------
@@ -187,7 +187,7 @@ class Timings:
         before = [float(document["reference"]), *(one for one, _, _ in some)]
         ratios = np.asarray([pace, *now]) / before
         change = float(np.median(ratios))
-        if not (change > 0 and np.median(np.abs(ratios / change - 1)) <= TRUSTED):
+        if not (change > 0 and np.quantile(np.abs(ratios / change - 1), 0.75) <= TRUSTED):
             return False
         self._pace = change * before[0]
         for tables, measured in ((self._products, entries), (self._moves, moves)):

@@ -78,8 +78,10 @@ def quantize(model: Model, then: Then, feeds: Iterable[Feed]) -> Model:
         if then == "fp16":
             save(model, given, check=False)
             from onnxruntime.transformers.float16 import convert_float_to_float16
+            from onnxruntime.transformers.onnx_model import OnnxModel
 
             proto = convert_float_to_float16(onnx.load(given), keep_io_types=True)
+            OnnxModel.graph_topological_sort(proto.graph)  # its Casts come last
         else:
             from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
             from onnxruntime.quantization.shape_inference import quant_pre_process

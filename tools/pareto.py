@@ -4,8 +4,8 @@
     python tools/minilm.py make -o minilm && python tools/pareto.py minilm --folder minilm
 
 The error of the outputs and top-1 are of test data that nothing was calibrated on; latency is of a batch of 8 in turn
-with the dense model. A model is on the front if no other is at least as good in bytes, latency and error. Rows with 8 bits
-start from pairs, since identity blocks do not bear them (`--blocks` shows that too).
+with the dense model. A model is on the front if no other is at least as good in bytes, latency and error. Rows with
+8 bits start from pairs, since identity blocks do not bear them (`--blocks` shows that too).
 """
 
 from __future__ import annotations
