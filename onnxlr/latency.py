@@ -169,8 +169,8 @@ class Timings:
         Returns
         -------
         bool
-            False where a quarter of what was measured again is off by more than `TRUSTED` after scaling, or the document
-            is empty: then nothing was taken over.
+            False where a quarter of what was measured again is off by more than `TRUSTED` after scaling, or nothing
+            is in the document: then nothing was taken over.
 
         Raises
         ------

