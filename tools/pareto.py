@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--shares", default="0.5,0.25", help="of the linear layers' parameters")
     parser.add_argument("--objective", default="auto")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=5.0, help="for each latency")
     parser.add_argument("--samples", type=int, default=1000, help="of the test data")
     parser.add_argument("--blocks", action="store_true")
     arguments = parser.parse_args()
@@ -74,24 +75,26 @@ def main() -> None:
     test = spread(open_data(folder / "test", case.inputs), arguments.samples)
     labels = np.load(folder / "test_labels.npy") if fashion else None
     feed = next(batches(test, 8, case.inputs))
-    rows = []
+    rows: dict[str, tuple[float, float, float]] = {}
+    print("| model | MB | bytes kept | latency | error | top-1 |")
+    print("|---|---|---|---|---|---|")
     for name, model in models.items():
-        ratio = compare_latency([dense, model], feed, runs=60, budget_seconds=8, threads=arguments.threads)[1].ratio
+        ratio = compare_latency(
+            [dense, model], feed, runs=60, budget_seconds=arguments.seconds, threads=arguments.threads
+        )[1].ratio
         found = validate(dense, model, test, batch=50, mask=mask, labels=labels, threads=arguments.threads)
-        rows.append((name, model.nbytes, 1.0 if model is dense else ratio, found.error, found.metric_b))
-    print("| model | MB | bytes kept | latency | error | top-1 | front |")
-    print("|---|---|---|---|---|---|---|")
-    for name, size, ratio, error, metric in rows:
-        mine = (size, ratio, error)
-        beaten = any(
-            all(a <= b for a, b in zip(other[1:4], mine, strict=True)) and other[1:4] != mine for other in rows
-        )
-        top = "" if metric is None else f"{100 * metric:.1f}"
+        rows[name] = (model.nbytes, 1.0 if model is dense else ratio, found.error)
+        size, ratio, error = rows[name]
+        top = "" if found.metric_b is None else f"{100 * found.metric_b:.1f}"
         print(
-            f"| {name} | {size / 1e6:.2f} | {size / rows[0][1]:.0%} | {ratio:.2f} | {error:.4f} | {top} | "
-            f"{'' if beaten else 'yes'} |",
-            flush=True,
+            f"| {name} | {size / 1e6:.2f} | {size / dense.nbytes:.0%} | {ratio:.2f} | {error:.4f} | {top} |", flush=True
         )
+    front = [
+        name
+        for name, mine in rows.items()
+        if not any(all(a <= b for a, b in zip(other, mine, strict=True)) and other != mine for other in rows.values())
+    ]
+    print(f"\non the front of bytes, latency and error: {'; '.join(front)}")
 
 
 if __name__ == "__main__":
