@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxlr.config import AUGMENT, TRAINED, Tuning
+from onnxlr.config import AUGMENT, TRAINED, Tuning, multiple_for
 from onnxlr.data import ImageOptions
 
 if TYPE_CHECKING:
@@ -37,14 +37,22 @@ def common(command: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def running(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of commands that run a model."""
+def placed(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Where and how onnxruntime runs."""
 
     @click.option("--provider", default="cpu",
                   help="Execution provider: cpu, cuda, tensorrt, ... or onnxruntime's own name.")  # fmt: skip
     @click.option("--threads", default=0, type=click.IntRange(min=0), help="Threads of an operator; 0 is one a core.")
-    @click.option("--batch", default=8, type=POSITIVE, help="Samples in a batch, where the model leaves it free.")
-    @click.option("--mask", metavar="INPUT", help="Input that is nonzero where a token is real, for padded batches.")
+    @wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return command(*args, **kwargs)
+
+    return wrapped
+
+
+def pictured(command: Callable[..., Any]) -> Callable[..., Any]:
+    """How images become inputs."""
+
     @click.option("--images", "convention", default="model",
                   type=click.Choice(["model", "unit", "torchvision", "timm"]),
                   help="How images become inputs: as the model's metadata say (else as unit), values in [0, 1], or "
@@ -57,6 +65,20 @@ def running(command: Callable[..., Any]) -> Callable[..., Any]:
         *args: Any, convention: str, mean: str | None, std: str | None, resize: str | None, **kwargs: Any
     ) -> Any:
         return command(*args, images=_image_options(convention, mean, std, resize), **kwargs)
+
+    return wrapped
+
+
+def running(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of commands that run a model on all of their data."""
+
+    @placed
+    @click.option("--batch", default=8, type=POSITIVE, help="Samples in a batch, where the model leaves it free.")
+    @click.option("--mask", metavar="INPUT", help="Input that is nonzero where a token is real, for padded batches.")
+    @pictured
+    @wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return command(*args, **kwargs)
 
     return wrapped
 
@@ -114,6 +136,29 @@ def _image_options(convention: str, mean: str | None, std: str | None, resize: s
             f"not a number, or a list of them: {given!r} (--mean 0.5,0.5,0.5, --resize 256x256)"
         ) from None
     return options
+
+
+def rank_multiple(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The multiple that ranks are of, after `--provider` where it is left open."""
+
+    @click.option("--rank-multiple", default="auto", metavar="auto|N",
+                  help="Ranks are multiples of it, as hardware likes them; auto: 16 on the CPU, else 8.")  # fmt: skip
+    @wraps(command)
+    def wrapped(*args: Any, rank_multiple: str, provider: str, **kwargs: Any) -> Any:
+        if rank_multiple != "auto" and not (rank_multiple.isdigit() and int(rank_multiple)):
+            raise click.UsageError(f"--rank-multiple {rank_multiple!r} is neither auto nor a number from 1 on")
+        multiple = multiple_for(provider) if rank_multiple == "auto" else int(rank_multiple)
+        return command(*args, rank_multiple=multiple, provider=provider, **kwargs)
+
+    return wrapped
+
+
+def parse_sizes(text: str) -> list[int]:
+    """Batch sizes, from N or N,N."""
+    sizes = text.split(",")
+    if not all(size.strip().isdigit() and int(size) for size in sizes):
+        raise click.UsageError(f"--batch {text!r} is not a number from 1 on, or several separated by commas")
+    return [int(size) for size in sizes]
 
 
 def parse_ranks(pairs: Iterable[str]) -> dict[str, int]:
