@@ -12,14 +12,14 @@ from functools import reduce
 from operator import add
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import onnx
 
 from onnxlr.data import batches, sample_count
 from onnxlr.errors import DataError, StatsError
-from onnxlr.gram import Moments, Stats
+from onnxlr.gram import Stats
 from onnxlr.model_io import from_proto
 from onnxlr.rows import Rows
+from onnxlr.running import RunningMoments
 from onnxlr.session import Session
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from onnxlr.config import Config, Objective
     from onnxlr.data import Feed, Sample, TensorSpec
+    from onnxlr.gram import Moments
     from onnxlr.model_io import Model
     from onnxlr.sites import Inventory, Site, Weight
 
@@ -118,7 +119,7 @@ def accumulate(
     tensors = list(dict.fromkeys(tensor for tensor, _ in wanted))
     session = Session(with_outputs(model, tensors), provider=config.provider, threads=config.threads, streaming=True)
     fetched = [tensor for tensor in tensors if tensor not in {spec.name for spec in inputs}]
-    sums: dict[Probe, Moments] = {}
+    sums: dict[Probe, RunningMoments] = {}
     digest = hashlib.sha256()
     count = 0
     for feed in batches(_hashed(samples, digest), config.batch, inputs):
@@ -126,14 +127,14 @@ def accumulate(
         mask = mask_of(feed, config.mask)
         for probe in wanted:
             rows = probe[1].of(activations[probe[0]], mask)
-            with np.errstate(invalid="ignore", over="ignore"):
-                moments = Moments.of(rows)
-            if not np.isfinite(moments.gram).all():
+            running = sums.setdefault(probe, RunningMoments(rows.shape[1]))
+            try:
+                running.add(rows)
+            except FloatingPointError:
                 raise DataError(
                     f"tensor {probe[0]!r} holds NaN or infinite values in the batch from sample {count}: "
                     "check the model and the data with onnxruntime"
-                )
-            sums[probe] = sums[probe] + moments if probe in sums else moments
+                ) from None
         size = sample_count(feed, inputs)
         count += size
         progress(size)
@@ -144,7 +145,7 @@ def accumulate(
         data=(digest.hexdigest(),),
         samples=count,
         holdout_every=config.holdout_every,
-        moments={probe_key(probe): value for probe, value in sums.items()},
+        moments={probe_key(probe): sums.pop(probe).moments() for probe in list(sums)},
     )
 
 

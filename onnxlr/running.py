@@ -1,0 +1,133 @@
+"""Moments of a tensor while its rows come in, batch by batch, at the precision and price of float32.
+
+A matrix product in float64 costs twice that in float32, and the cast as much again. So products are taken in float32
+and their sums kept in float64, with three things that make it safe:
+
+    shift    the first batch's mean `s` is taken off every row before it is multiplied. Where the mean is large beside
+             the spread `x - s` is exact, and the products have the size of the spread. It is put back at the end in
+             float64 (`Moments.shifted`), so that no digit of the covariance is lost to the mean
+    chunks   float32 products add up over some `CHUNK` rows and then go into the float64 sums: the error does not grow
+             with the number of rows
+    range    a batch whose squares leave the range of float32 is multiplied in float64
+
+Only one triangle is computed and kept, as a vector of `d (d + 1) / 2` numbers in LAPACK's rectangular full packed
+format, which multiplies as fast as whole matrices do (Gustavson, Wasniewski, Dongarra, Langou 2010, ACM Transactions on
+Mathematical Software 37). Rows of float64 stay float64 throughout.
+
+How many rows are enough? `n` independent rows of a normal distribution give its covariance `C` with an expected
+squared error `E ||C_n - C||^2 = (tr(C)^2 + ||C||^2) / n` (Frobenius norm). Rows of one image or sentence are not independent, so
+the error is measured: of `n` rows so far and the `m` of a new chunk, where both are samples of the same data,
+
+    E ||C_m - C_n||^2 = V / m + V / n    so that that of all,    V / (n + m) = ||C_m - C_n||^2 m n / (n + m)^2
+
+and the rows are worth as many independent ones as would have that error, `tr(C)^2` over it, and never more than they
+are. With `k d` of them the leading directions of any rank `r <= d` miss a share of about `r / (k d) <= 1 / k` of what
+the best ones leave out.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy.linalg import lapack
+
+from onnxlr.gram import Moments
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+CHUNK = 2048
+"""Rows that are added up before they go into the float64 sums; a batch is not cut."""
+TINY = 1e-30
+"""A sum of squares below this may have lost digits to the lower end of float32."""
+
+
+class RunningMoments:
+    """The moments of one tensor over the rows so far.
+
+    Parameters
+    ----------
+    dim
+        The width `d` of the rows.
+    """
+
+    def __init__(self, dim: int) -> None:
+        self.dim, self.count, self.worth = dim, 0, 0.0
+        self._triangle, self._total, self._squares = np.zeros(dim * (dim + 1) // 2), np.zeros(dim), 0.0
+        self._shift: NDArray[Any] | None = None
+        self._chunk: NDArray[Any] | None = None
+        self._chunk_count, self._chunk_squares = 0, 0.0
+
+    def add(self, rows: NDArray[Any]) -> None:
+        """Add `rows [n, d]`, any floating dtype.
+
+        Raises
+        ------
+        FloatingPointError
+            One of them is not finite.
+        """
+        if not len(rows):
+            return
+        dtype = np.float64 if rows.dtype == np.float64 else np.float32
+        with np.errstate(invalid="ignore", over="ignore"):
+            rows = rows.astype(dtype, copy=False)
+            if self._shift is None:
+                self._shift = rows.mean(0, dtype=np.float64).astype(dtype)
+            total = rows.sum(0, dtype=np.float64)
+            rows = np.subtract(rows, self._shift, order="C")
+            # where this sum is finite every entry of the triangle is
+            squares = float(np.vdot(rows, rows))
+            if dtype == np.float32 and not TINY < squares < np.inf:
+                rows = rows.astype(np.float64)
+                squares = float(np.vdot(rows, rows))
+        if not np.isfinite(squares):
+            raise FloatingPointError("a row is not finite")
+        self._total += total
+        if rows.dtype != dtype:
+            self._triangle = _product(rows, self._triangle)
+            self._squares += squares
+            self.count += len(rows)
+            return
+        self._chunk = _product(rows, np.zeros(len(self._triangle), dtype) if self._chunk is None else self._chunk)
+        self._chunk_squares += squares
+        self._chunk_count += len(rows)
+        if self._chunk_count >= CHUNK:
+            self._close_chunk()
+
+    def _close_chunk(self) -> None:
+        if self._chunk is None or not self._chunk_count:
+            return
+        n, m = self.count, self._chunk_count
+        if n:
+            difference = self._chunk / m
+            difference -= self._triangle / n
+            # both triangles of the matrix, and its diagonal twice: never too small
+            error = 2 * float(np.vdot(difference, difference)) * m * n / (n + m) ** 2
+            trace = (self._squares + self._chunk_squares) / (n + m)
+            self.worth = min(float(n + m), trace**2 / error if error else np.inf)
+        self._triangle += self._chunk
+        self._chunk[:] = 0
+        self._squares += self._chunk_squares
+        self.count += m
+        self._chunk_count, self._chunk_squares = 0, 0.0
+
+    def moments(self) -> Moments:
+        """What the rows add up to."""
+        self._close_chunk()
+        if self._shift is None:
+            return Moments.zero(self.dim)
+        gram, _ = lapack.dtfttr(self.dim, self._triangle)
+        # of x = z + s: sum x^T x = sum z^T z + s^T sum z + (sum x)^T s
+        shift = self._shift.astype(np.float64)
+        gram += np.outer(shift, self._total - self.count * shift)
+        gram += np.outer(self._total, shift)
+        upper = np.triu(gram)
+        return Moments(self.count, self._total, upper + np.triu(upper, 1).T)
+
+
+def _product(rows: NDArray[Any], triangle: NDArray[Any]) -> NDArray[Any]:
+    """`triangle + rows^T rows`, in place."""
+    add = lapack.dsfrk if rows.dtype == np.float64 else lapack.ssfrk
+    result: NDArray[Any] = add(rows.shape[1], len(rows), 1.0, rows.T, 1.0, triangle, overwrite_c=1)
+    return result
