@@ -104,7 +104,9 @@ def accumulate(
     inputs
         The model's inputs.
     config
-        Batch size, mask, provider and threads are used.
+        Batch size, mask, rows, provider and threads are used. Where `rows` is "auto" a tensor whose moments have
+        settled (`onnxlr.running`) takes no more rows, and the pass ends when all have: give the samples in an order in
+        which any first part is a sample of all.
     progress
         Called with the number of samples after each batch.
 
@@ -118,26 +120,23 @@ def accumulate(
     wanted = probes(inventory.weights, config.objective)
     tensors = list(dict.fromkeys(tensor for tensor, _ in wanted))
     session = Session(with_outputs(model, tensors), provider=config.provider, threads=config.threads, streaming=True)
-    fetched = [tensor for tensor in tensors if tensor not in {spec.name for spec in inputs}]
+    given = {spec.name for spec in inputs}
     sums: dict[Probe, RunningMoments] = {}
+    together = _added_up(inventory.weights, config.objective)
     digest = hashlib.sha256()
     count = 0
     for feed in batches(_hashed(samples, digest), config.batch, inputs):
-        activations = {**feed, **session.run(feed, fetched)} if fetched else feed
+        fetched = list(dict.fromkeys(tensor for tensor, _ in wanted if tensor not in given))
         mask = mask_of(feed, config.mask)
-        for probe in wanted:
-            rows = probe[1].of(activations[probe[0]], mask)
-            running = sums.setdefault(probe, RunningMoments(rows.shape[1]))
-            try:
-                running.add(rows)
-            except FloatingPointError:
-                raise DataError(
-                    f"tensor {probe[0]!r} holds NaN or infinite values in the batch from sample {count}: "
-                    "check the model and the data with onnxruntime"
-                ) from None
+        # what is not named is not there any more beside the next batch's
+        _add({**feed, **session.run(feed, fetched)} if fetched else feed, mask, wanted, sums, count)
         size = sample_count(feed, inputs)
         count += size
         progress(size)
+        if config.rows == "auto":
+            wanted = [probe for own in together if not all(sums[each].settled for each in own) for probe in own]
+            if not wanted:
+                break
     if not count:
         raise DataError("there are no samples to calibrate on: one of so many is held out, so give at least two")
     return Stats(
@@ -147,6 +146,38 @@ def accumulate(
         holdout_every=config.holdout_every,
         moments={probe_key(probe): sums.pop(probe).moments() for probe in list(sums)},
     )
+
+
+def _add(
+    activations: Feed,
+    mask: NDArray[Any] | None,
+    wanted: Iterable[Probe],
+    sums: dict[Probe, RunningMoments],
+    first: int,
+) -> None:
+    """Add the rows of one batch, which begins with sample `first`, to `sums`."""
+    for probe in wanted:
+        rows = probe[1].of(activations[probe[0]], mask)
+        running = sums.setdefault(probe, RunningMoments(rows.shape[1]))
+        try:
+            running.add(rows)
+        except FloatingPointError:
+            raise DataError(
+                f"tensor {probe[0]!r} holds NaN or infinite values in the batch from sample {first}: "
+                "check the model and the data with onnxruntime"
+            ) from None
+
+
+def _added_up(weights: Iterable[Weight], objective: Objective) -> list[list[Probe]]:
+    """All probes, those together whose moments are added up: they have to count as many rows of each."""
+    sets: list[dict[Probe, None]] = []
+    for weight in weights:
+        own = dict.fromkeys(probe for site in weight.sites for probe in site_probes(weight, site, objective))
+        for other in [other for other in sets if other.keys() & own.keys()]:
+            sets.remove(other)
+            own = other | own
+        sets.append(own)
+    return [list(own) for own in sets]
 
 
 def _hashed(samples: Iterable[Sample], digest: Any) -> Iterator[Sample]:

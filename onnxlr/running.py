@@ -14,15 +14,15 @@ Only one triangle is computed and kept, as a vector of `d (d + 1) / 2` numbers i
 format, which multiplies as fast as whole matrices do (Gustavson, Wasniewski, Dongarra, Langou 2010, ACM Transactions on
 Mathematical Software 37). Rows of float64 stay float64 throughout.
 
-How many rows are enough? `n` independent rows of a normal distribution give its covariance `C` with an expected
-squared error `E ||C_n - C||^2 = (tr(C)^2 + ||C||^2) / n` (Frobenius norm). Rows of one image or sentence are not independent, so
-the error is measured: of `n` rows so far and the `m` of a new chunk, where both are samples of the same data,
+How many rows are enough? `n` independent rows of a normal distribution tell its covariance `C` up to an expected
+squared error of `(tr(C)^2 + ||C||^2) / n` (Frobenius norm). Rows of one image or sentence are not independent, so their
+error `V / n` is measured. Of `n` rows and the `m` of the next chunk, where both are samples of the same data,
 
-    E ||C_m - C_n||^2 = V / m + V / n    so that that of all,    V / (n + m) = ||C_m - C_n||^2 m n / (n + m)^2
+    E ||C_m - C_n||^2 = V / m + V / n
 
-and the rows are worth as many independent ones as would have that error, `tr(C)^2` over it, and never more than they
-are. With `k d` of them the leading directions of any rank `r <= d` miss a share of about `r / (k d) <= 1 / k` of what
-the best ones leave out.
+and `V` is the mean over chunks. All rows are then worth `tr(C)^2 / V` independent ones each. With `k d` independent
+rows the leading directions of any rank `r` leave out about `r / (k d)`, at most `1 / k`, more than the best ones do:
+that is where `ENOUGH` comes from.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 CHUNK = 2048
 """Rows that are added up before they go into the float64 sums; a batch is not cut."""
+ENOUGH, COMPARISONS = 16, 4
+"""Independent rows a dimension that are enough, and the least number of chunks that are compared to know it."""
 TINY = 1e-30
 """A sum of squares below this may have lost digits to the lower end of float32."""
 
@@ -53,11 +55,12 @@ class RunningMoments:
     """
 
     def __init__(self, dim: int) -> None:
-        self.dim, self.count, self.worth = dim, 0, 0.0
+        self.dim, self.count = dim, 0
         self._triangle, self._total, self._squares = np.zeros(dim * (dim + 1) // 2), np.zeros(dim), 0.0
         self._shift: NDArray[Any] | None = None
         self._chunk: NDArray[Any] | None = None
         self._chunk_count, self._chunk_squares = 0, 0.0
+        self._compared, self._variance = 0, 0.0
 
     def add(self, rows: NDArray[Any]) -> None:
         """Add `rows [n, d]`, any floating dtype.
@@ -103,14 +106,26 @@ class RunningMoments:
             difference = self._chunk / m
             difference -= self._triangle / n
             # both triangles of the matrix, and its diagonal twice: never too small
-            error = 2 * float(np.vdot(difference, difference)) * m * n / (n + m) ** 2
-            trace = (self._squares + self._chunk_squares) / (n + m)
-            self.worth = min(float(n + m), trace**2 / error if error else np.inf)
+            self._variance += 2 * float(np.vdot(difference, difference)) / (1 / m + 1 / n)
+            self._compared += 1
         self._triangle += self._chunk
         self._chunk[:] = 0
         self._squares += self._chunk_squares
         self.count += m
         self._chunk_count, self._chunk_squares = 0, 0.0
+
+    @property
+    def worth(self) -> float:
+        """How many independent rows tell the covariance as well; 0 before there is anything to compare."""
+        if not self._compared:
+            return 0.0
+        trace, variance = self._squares / self.count, self._variance / self._compared
+        return self.count * (min(1.0, trace**2 / variance) if variance else 1.0)
+
+    @property
+    def settled(self) -> bool:
+        """Whether more rows would change little: see the module."""
+        return self._compared >= COMPARISONS and self.worth >= ENOUGH * self.dim
 
     def moments(self) -> Moments:
         """What the rows add up to."""

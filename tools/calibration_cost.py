@@ -139,7 +139,7 @@ def run(name: str, model: Path, calib: Path, mask: str | None) -> dict[str, floa
     loaded = as_model(model)
     inputs = Session(loaded, optimize=False).inputs
     samples = list(open_data(calib, inputs))
-    config = onnxlr.Config(objective="output", mask=mask, batch=BATCH)
+    config = onnxlr.Config(objective="output", mask=mask, batch=BATCH, rows="auto" if name == "rows auto" else "all")
     inventory = take_inventory(loaded)
     result = {}
     start, spent = time.perf_counter(), time.process_time()
