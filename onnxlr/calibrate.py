@@ -129,7 +129,14 @@ def accumulate(
         fetched = list(dict.fromkeys(tensor for tensor, _ in wanted if tensor not in given))
         mask = mask_of(feed, config.mask)
         # what is not named is not there any more beside the next batch's
-        _add({**feed, **session.run(feed, fetched)} if fetched else feed, mask, wanted, sums, count)
+        _add(
+            {**feed, **session.run(feed, fetched)} if fetched else feed,
+            mask,
+            wanted,
+            sums,
+            count,
+            watched=config.rows == "auto",
+        )
         size = sample_count(feed, inputs)
         count += size
         progress(size)
@@ -139,6 +146,7 @@ def accumulate(
                 break
     if not count:
         raise DataError("there are no samples to calibrate on: one of so many is held out, so give at least two")
+    del session  # its memory is as much as the moments take once they are whole
     return Stats(
         model=model.fingerprint(),
         data=(digest.hexdigest(),),
@@ -154,11 +162,13 @@ def _add(
     wanted: Iterable[Probe],
     sums: dict[Probe, RunningMoments],
     first: int,
+    *,
+    watched: bool,
 ) -> None:
     """Add the rows of one batch, which begins with sample `first`, to `sums`."""
     for probe in wanted:
         rows = probe[1].of(activations[probe[0]], mask)
-        running = sums.setdefault(probe, RunningMoments(rows.shape[1]))
+        running = sums[probe] = sums.get(probe) or RunningMoments(rows.shape[1], watched=watched)
         try:
             running.add(rows)
         except FloatingPointError:

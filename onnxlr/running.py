@@ -1,13 +1,11 @@
 """Moments of a tensor while its rows come in, batch by batch, at the precision and price of float32.
 
-A matrix product in float64 costs twice that in float32, and the cast as much again. So products are taken in float32
-and their sums kept in float64, with three things that make it safe:
+A matrix product in float64 costs twice that in float32, and the cast as much again. So products of a batch are taken in
+float32 and added up in float64, with two things that make it safe:
 
     shift    the first batch's mean `s` is taken off every row before it is multiplied. Where the mean is large beside
              the spread `x - s` is exact, and the products have the size of the spread. It is put back at the end in
-             float64 (`Moments.shifted`), so that no digit of the covariance is lost to the mean
-    chunks   float32 products add up over some `CHUNK` rows and then go into the float64 sums: the error does not grow
-             with the number of rows
+             float64, so that no digit of the covariance is lost to the mean
     range    a batch whose squares leave the range of float32 is multiplied in float64
 
 Only one triangle is computed and kept, as a vector of `d (d + 1) / 2` numbers in LAPACK's rectangular full packed
@@ -16,13 +14,12 @@ Mathematical Software 37). Rows of float64 stay float64 throughout.
 
 How many rows are enough? `n` independent rows of a normal distribution tell its covariance `C` up to an expected
 squared error of `(tr(C)^2 + ||C||^2) / n` (Frobenius norm). Rows of one image or sentence are not independent, so their
-error `V / n` is measured. Of `n` rows and the `m` of the next chunk, where both are samples of the same data,
+error `V / n` is measured. Of `n` rows and the `m` of the next batch, where both are samples of the same data,
 
     E ||C_m - C_n||^2 = V / m + V / n
 
-and `V` is the mean over chunks. All rows are then worth `tr(C)^2 / V` independent ones each. With `k d` independent
-rows the leading directions of any rank `r` leave out about `r / (k d)`, at most `1 / k`, more than the best ones do:
-that is where `ENOUGH` comes from.
+and `V` is the mean over batches. Each row is then worth `tr(C)^2 / V` independent ones. With `k d` independent rows the
+leading directions of any rank `r` leave out about `r / (k d)`, at most `1 / k`, more than the best ones do.
 """
 
 from __future__ import annotations
@@ -37,12 +34,12 @@ from onnxlr.gram import Moments
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-CHUNK = 2048
-"""Rows that are added up before they go into the float64 sums; a batch is not cut."""
-ENOUGH, COMPARISONS = 16, 4
-"""Independent rows a dimension that are enough, and the least number of chunks that are compared to know it."""
+PIECE = 8192
+"""The most rows whose products are added up in float32."""
 TINY = 1e-30
 """A sum of squares below this may have lost digits to the lower end of float32."""
+ENOUGH, COMPARISONS = 8, 4
+"""Independent rows a dimension that are enough, and the least number of batches that are compared to know it."""
 
 
 class RunningMoments:
@@ -52,18 +49,18 @@ class RunningMoments:
     ----------
     dim
         The width `d` of the rows.
+    watched
+        Measure what the rows are worth: without it they never settle.
     """
 
-    def __init__(self, dim: int) -> None:
-        self.dim, self.count = dim, 0
+    def __init__(self, dim: int, *, watched: bool = False) -> None:
+        self.dim, self.count, self._watched = dim, 0, watched
         self._triangle, self._total, self._squares = np.zeros(dim * (dim + 1) // 2), np.zeros(dim), 0.0
         self._shift: NDArray[Any] | None = None
-        self._chunk: NDArray[Any] | None = None
-        self._chunk_count, self._chunk_squares = 0, 0.0
         self._compared, self._variance = 0, 0.0
 
     def add(self, rows: NDArray[Any]) -> None:
-        """Add `rows [n, d]`, any floating dtype.
+        """Add the rows of one batch, `[n, d]`, any floating dtype.
 
         Raises
         ------
@@ -86,33 +83,19 @@ class RunningMoments:
                 squares = float(np.vdot(rows, rows))
         if not np.isfinite(squares):
             raise FloatingPointError("a row is not finite")
-        self._total += total
-        if rows.dtype != dtype:
-            self._triangle = _product(rows, self._triangle)
-            self._squares += squares
-            self.count += len(rows)
-            return
-        self._chunk = _product(rows, np.zeros(len(self._triangle), dtype) if self._chunk is None else self._chunk)
-        self._chunk_squares += squares
-        self._chunk_count += len(rows)
-        if self._chunk_count >= CHUNK:
-            self._close_chunk()
-
-    def _close_chunk(self) -> None:
-        if self._chunk is None or not self._chunk_count:
-            return
-        n, m = self.count, self._chunk_count
-        if n:
-            difference = self._chunk / m
-            difference -= self._triangle / n
+        triangle = _triangle(rows[:PIECE])
+        for start in range(PIECE, len(rows), PIECE):
+            triangle = triangle.astype(np.float64, copy=False) + _triangle(rows[start : start + PIECE])
+        if self._watched and self.count:
+            difference = triangle / len(rows) - self._triangle / self.count
             # both triangles of the matrix, and its diagonal twice: never too small
-            self._variance += 2 * float(np.vdot(difference, difference)) / (1 / m + 1 / n)
+            distance = 2 * float(np.vdot(difference, difference))
+            self._variance += distance / (1 / len(rows) + 1 / self.count)
             self._compared += 1
-        self._triangle += self._chunk
-        self._chunk[:] = 0
-        self._squares += self._chunk_squares
-        self.count += m
-        self._chunk_count, self._chunk_squares = 0, 0.0
+        self._triangle += triangle
+        self._total += total
+        self._squares += squares
+        self.count += len(rows)
 
     @property
     def worth(self) -> float:
@@ -129,7 +112,6 @@ class RunningMoments:
 
     def moments(self) -> Moments:
         """What the rows add up to."""
-        self._close_chunk()
         if self._shift is None:
             return Moments.zero(self.dim)
         gram, _ = lapack.dtfttr(self.dim, self._triangle)
@@ -137,12 +119,14 @@ class RunningMoments:
         shift = self._shift.astype(np.float64)
         gram += np.outer(shift, self._total - self.count * shift)
         gram += np.outer(self._total, shift)
-        upper = np.triu(gram)
-        return Moments(self.count, self._total, upper + np.triu(upper, 1).T)
+        gram = np.triu(gram)
+        gram += np.triu(gram, 1).T
+        return Moments(self.count, self._total, gram)
 
 
-def _product(rows: NDArray[Any], triangle: NDArray[Any]) -> NDArray[Any]:
-    """`triangle + rows^T rows`, in place."""
-    add = lapack.dsfrk if rows.dtype == np.float64 else lapack.ssfrk
-    result: NDArray[Any] = add(rows.shape[1], len(rows), 1.0, rows.T, 1.0, triangle, overwrite_c=1)
+def _triangle(rows: NDArray[Any]) -> NDArray[Any]:
+    """`rows^T rows`, packed."""
+    multiply, dim = lapack.dsfrk if rows.dtype == np.float64 else lapack.ssfrk, rows.shape[1]
+    packed = np.zeros(dim * (dim + 1) // 2, rows.dtype)
+    result: NDArray[Any] = multiply(dim, len(rows), 1.0, rows.T, 0.0, packed, overwrite_c=1)
     return result
