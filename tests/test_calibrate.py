@@ -408,3 +408,42 @@ def test_what_is_held_out_is_what_validation_sees() -> None:
     stats = accumulate(chain(), take_inventory(chain()), calibration, Session(chain()).inputs, CONFIG)
     rest = direct(np.concatenate([sample["x"] for sample in held_out]))
     assert_same(stats.moments["x"] + rest, direct(X))
+
+
+TIED = "p = MatMul(x, w) q = MatMul(z, w) s = MatMul(z, v) a = Add(p, q) y = Concat<axis = 1>(a, s)"
+
+
+def test_a_tensor_that_has_settled_takes_no_more_rows_and_the_pass_ends_with_the_last() -> None:
+    model = parsed(
+        "(float[N, 6] x, float[N, 6] z) => (float[N, 16] y)",
+        TIED.replace("MatMul(z, w)", "MatMul(z, u)"),
+        **{name: random(i, 6, 8) for i, name in enumerate("wuv")},
+    )
+    x, z = random(1, 2000, 6), np.repeat(random(2, 250, 6), 8, axis=0)  # batches of eight equal rows
+    samples = [{"x": x[i : i + 1], "z": z[i : i + 1]} for i in range(2000)]
+    seen: list[int] = []
+    config = replace(CONFIG, objective="output", rows="auto")
+    stats = accumulate(model, take_inventory(model), samples, Session(model).inputs, config, progress=seen.append)
+    counts = {key: moments.count for key, moments in stats.moments.items()}
+    assert 48 <= counts["x"] < counts["z"] / 4
+    assert counts["z"] == stats.samples == sum(seen) < 2000
+    for key, array in (("x", x), ("z", z)):
+        assert_same(stats.moments[key], direct(array[: counts[key]]))
+    assert stats.data != gather(model, samples).data
+    assert {moments.count for moments in gather(model, samples).moments.values()} == {2000}
+
+
+def test_tensors_whose_moments_are_added_up_settle_together() -> None:
+    model = parsed("(float[N, 6] x, float[N, 6] z) => (float[N, 16] y)", TIED, w=random(1, 6, 8), v=random(2, 6, 8))
+    x, z = random(1, 2000, 6), np.repeat(random(2, 250, 6), 8, axis=0)
+    stats = gather(model, [{"x": x[i : i + 1], "z": z[i : i + 1]} for i in range(2000)], rows="auto")
+    assert stats.moments["x"].count == stats.moments["z"].count == stats.samples < 2000
+
+
+def test_rows_come_from_all_of_the_data_however_it_is_sorted() -> None:
+    x = np.concatenate([random(1, 3000, 6), 5 + random(2, 3000, 6)])
+    whole = calibrate(chain(), {"x": x}, replace(CONFIG, objective="output"))
+    stats = calibrate(chain(), {"x": x}, replace(CONFIG, objective="output", rows="auto"))
+    assert stats.samples < whole.samples / 4
+    # the first quarter alone would have a mean of 0 where the whole has 2.5
+    np.testing.assert_allclose(stats.moments["x"].mean, whole.moments["x"].mean, rtol=0, atol=1)
