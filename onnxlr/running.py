@@ -5,7 +5,8 @@ float32 and added up in float64, with two things that make it safe:
 
     shift    the first batch's mean `s` is taken off every row before it is multiplied. Where the mean is large beside
              the spread `x - s` is exact, and the products have the size of the spread. It is put back at the end in
-             float64, so that no digit of the covariance is lost to the mean
+             float64, so that no digit of the covariance is lost to the mean. Shards have shifts of their own: they add
+             up to the moments of a single pass within the rounding of float32, and exactly where rows are of float64
     range    a batch whose squares leave the range of float32 is multiplied in float64
 
 Only one triangle is computed and kept, as a vector of `d (d + 1) / 2` numbers in LAPACK's rectangular full packed
@@ -18,8 +19,9 @@ error `V / n` is measured. Of `n` rows and the `m` of the next batch, where both
 
     E ||C_m - C_n||^2 = V / m + V / n
 
-and `V` is the mean over batches. Each row is then worth `tr(C)^2 / V` independent ones. With `k d` independent rows the
-leading directions of any rank `r` leave out about `r / (k d)`, at most `1 / k`, more than the best ones do.
+and `V` is the mean over batches, not all of which are compared (`EVERY`). Each row is then worth `tr(C)^2 / V`
+independent ones. With `k d` independent rows the leading directions of any rank `r` leave out about `r / (k d)`, at
+most `1 / k`, more than the best ones do.
 """
 
 from __future__ import annotations
@@ -38,6 +40,8 @@ PIECE = 8192
 """The most rows whose products are added up in float32."""
 TINY = 1e-30
 """A sum of squares below this may have lost digits to the lower end of float32."""
+EVERY = 1.125
+"""How many times as many rows there are at the next comparison: it costs as much as some hundred rows."""
 ENOUGH, COMPARISONS = 8, 4
 """Independent rows a dimension that are enough, and the least number of batches that are compared to know it."""
 
@@ -57,7 +61,7 @@ class RunningMoments:
         self.dim, self.count, self._watched = dim, 0, watched
         self._triangle, self._total, self._squares = np.zeros(dim * (dim + 1) // 2), np.zeros(dim), 0.0
         self._shift: NDArray[Any] | None = None
-        self._compared, self._variance = 0, 0.0
+        self._compared, self._variance, self._due = 0, 0.0, 1.0
 
     def add(self, rows: NDArray[Any]) -> None:
         """Add the rows of one batch, `[n, d]`, any floating dtype.
@@ -86,12 +90,13 @@ class RunningMoments:
         triangle = _triangle(rows[:PIECE])
         for start in range(PIECE, len(rows), PIECE):
             triangle = triangle.astype(np.float64, copy=False) + _triangle(rows[start : start + PIECE])
-        if self._watched and self.count:
+        if self._watched and self.count >= self._due:
             difference = triangle / len(rows) - self._triangle / self.count
             # both triangles of the matrix, and its diagonal twice: never too small
             distance = 2 * float(np.vdot(difference, difference))
             self._variance += distance / (1 / len(rows) + 1 / self.count)
             self._compared += 1
+            self._due = EVERY * self.count
         self._triangle += triangle
         self._total += total
         self._squares += squares

@@ -11,7 +11,8 @@ peak memory over that of plain inference. Last the arithmetic: multiply-accumula
 over those of the model's matrix products, which is the part of the ratio that no implementation can save.
 
 The models `vit_s` (ViT-S/16 on images of 224 x 224) and `bert_base` (128 tokens) have the shapes of the real ones and
-random weights: neither time nor memory depends on their values, but `--rows auto` does.
+random weights: neither time nor memory depends on their values, but `--rows auto` does. On a machine with other load
+give OPENBLAS_NUM_THREADS=1: threads of OpenBLAS wait for each other by spinning, which costs more than they gain there.
 """
 
 from __future__ import annotations
@@ -150,8 +151,6 @@ def run(name: str, model: Path, calib: Path, mask: str | None) -> dict[str, floa
     elif name in ("all rows", "rows auto"):
         stats = accumulate(loaded, inventory, samples, inputs, config)
         result["samples"] = stats.samples
-        result["moments"] = sum(own.gram.nbytes for own in stats.moments.values())
-        result["rows"] = sum(own.count * own.dim**2 for own in stats.moments.values())
     else:
         feeds = batches(samples, BATCH, inputs)
 
