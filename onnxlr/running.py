@@ -119,13 +119,14 @@ class RunningMoments:
         """What the rows add up to."""
         if self._shift is None:
             return Moments.zero(self.dim)
-        gram, _ = lapack.dtfttr(self.dim, self._triangle)
-        # of x = z + s: sum x^T x = sum z^T z + s^T sum z + (sum x)^T s
+        upper, _ = lapack.dtfttr(self.dim, self._triangle)
+        lower = upper.T  # in the order of rows, as all that follows
+        # of x = z + s: sum x^T x = sum z^T z + s^T sum x + (sum z)^T s
         shift = self._shift.astype(np.float64)
-        gram += np.outer(shift, self._total - self.count * shift)
-        gram += np.outer(self._total, shift)
-        gram = np.triu(gram)
-        gram += np.triu(gram, 1).T
+        lower += np.outer(shift, self._total)
+        lower += np.outer(self._total - self.count * shift, shift)
+        gram = np.tril(lower)
+        gram += np.tril(lower, -1).T
         return Moments(self.count, self._total, gram)
 
 
