@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxlr.config import AUGMENT, TRAINED, Tuning, multiple_for
+from onnxlr.config import AUGMENT, ROWS, TRAINED, Tuning, multiple_for
 from onnxlr.data import ImageOptions
 
 if TYPE_CHECKING:
@@ -90,6 +90,8 @@ def selecting(command: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--exclude", multiple=True, metavar="PATTERN", help="No weights or sites that match; repeatable.")
     @click.option("--holdout-every", default=8, type=click.IntRange(min=2),
                   help="One sample of so many is held out for validation, never calibrated on.")  # fmt: skip
+    @click.option("--rows", default="all", type=click.Choice(ROWS),
+                  help="Moments of every row of the data, or until more rows would change little.")  # fmt: skip
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         return command(*args, **kwargs)
