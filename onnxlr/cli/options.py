@@ -148,7 +148,8 @@ def rank_multiple(command: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(command)
     def wrapped(*args: Any, rank_multiple: str, provider: str, **kwargs: Any) -> Any:
         if rank_multiple != "auto" and not (rank_multiple.isdigit() and int(rank_multiple)):
-            raise click.UsageError(f"--rank-multiple {rank_multiple!r} is neither auto nor a number from 1 on")
+            message = f"{rank_multiple!r} is neither auto nor a number from 1 on"
+            raise click.BadParameter(message, param_hint="'--rank-multiple'")
         multiple = multiple_for(provider) if rank_multiple == "auto" else int(rank_multiple)
         return command(*args, rank_multiple=multiple, provider=provider, **kwargs)
 
