@@ -27,6 +27,7 @@ from onnxlr.precision import half_types, widened, widened_feed
 from onnxlr.report.terminal import render_report, render_validation
 from onnxlr.session import Session
 from onnxlr.sites import take_inventory
+from onnxlr.timing_cache import recalled
 from onnxlr.trial import Trial
 from tests.conftest import decaying, invoke, parse, rows
 from tests.models import parsed, random, relative
@@ -265,7 +266,8 @@ def test_calibration_does_not_overflow(dtype: str) -> None:
     config = Config(objective="utilized", batch=100)
     stats = accumulate(model, take_inventory(model), samples, Session(model).inputs, config)
     wide = x.astype(np.float64)
-    np.testing.assert_allclose(stats.moments["x"].gram, wide.T @ wide, rtol=1e-12)
+    # products of a batch are of float32, less its mean
+    np.testing.assert_allclose(stats.moments["x"].gram, wide.T @ wide, rtol=1e-7)
     np.testing.assert_allclose(stats.moments["x"].mean, wide.mean(0), rtol=1e-12)
 
 
@@ -311,12 +313,11 @@ def test_what_float16_cannot_hold_is_an_infinite_error_to_a_trial() -> None:
 def test_latency_is_planned_in_the_type_of_the_model(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    class Spy(onnxlr.pipeline.Timings):
-        def __init__(self, **options: Any) -> None:
-            asked.append(options["dtype"])
-            super().__init__(**options)
+    def spy(**options: Any) -> Any:
+        asked.append(options["dtype"])
+        return recalled(**options)
 
-    monkeypatch.setattr(onnxlr.pipeline, "Timings", Spy)
+    monkeypatch.setattr(onnxlr.pipeline, "recalled", spy)
     config = Config(target=Target("max_latency", 0.9), **SMALL)
     _costs(prepare(two_layers(dtype), {"x": data(dtype)}, config), config)
     assert asked == [dtype]
