@@ -265,7 +265,7 @@ def test_a_vector_is_one_sample_and_stays_whole() -> None:
     stats = onnxlr.calibrate(case.model, case.feeds, Config(objective="output", **CONFIG))
     calibrated = np.stack([feed["x"] for i, feed in enumerate(case.feeds) if i % 8 != 1])
     assert (stats.samples, stats.moments["x"].count) == (len(calibrated), len(calibrated))
-    np.testing.assert_allclose(stats.moments["x"].gram, Moments.of(calibrated).gram, rtol=1e-12)
+    np.testing.assert_allclose(stats.moments["x"].gram, Moments.of(calibrated).gram, rtol=1e-5, atol=1e-5)
 
 
 def plain() -> onnx.ModelProto:
