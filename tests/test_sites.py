@@ -352,7 +352,7 @@ def test_a_count_that_is_not_known_is_not_zero() -> None:
     )
     inventory = measured(three, x=random(0, 3, 6))
     assert (only_refusal(inventory).macs, inventory.uncounted) == (None, ("y",))
-    assert {"MatMulBnb4", "QAttention"} <= UNKNOWN
+    assert "QAttention" in UNKNOWN
     node = helper.make_node("QAttention", ["x"], ["y"], domain="com.microsoft")
     proto = helper.make_model(helper.make_graph([node], "g", [], [helper.make_tensor_value_info("y", 1, None)]))
     assert macs(open_graph(proto).nodes[0], {"x": (1, 2), "y": (1, 2)}) is None
