@@ -117,7 +117,7 @@ def test_attributes_stay(op: str, attributes: str, opset: int) -> None:
 
 @pytest.mark.parametrize("op", GATES)
 def test_samples_may_come_first(op: str) -> None:
-    """onnxruntime does not run this layout on a CPU: onnx itself does."""
+    """The reference of onnx runs this layout, which onnxruntime does not on a CPU."""
     model, matrix = network(op, "forward", bias=False, state="none", first=False, attributes=", layout = 1")
     x = random(7, SAMPLES, STEPS, D_IN)
     inventory = take_inventory(model, {"x": x.shape, "w": (1, 5 * GATES[op], 6), "r": (1, 5 * GATES[op], 5)})

@@ -169,7 +169,7 @@ class GraphView:
         """Whether a tensor is a constant that is stored sparsely."""
         producer = _producer(tensor)
         if producer is not None:
-            return producer.op == "Constant" and "sparse_value" in producer.attrs
+            return producer.op == "Constant" and not producer.attrs  # graphsurgeon has no sparse attributes
         return isinstance(tensor, gs.Constant) and tensor.name not in self.sources
 
     def matrices(self, tensor: gs.Tensor, axes: int = 2) -> set[str]:
