@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx.defs
@@ -18,6 +19,9 @@ from onnxlr.sites import take_inventory
 from onnxlr.sites.inventory import FAMILIES
 from onnxlr.sites.macs import COUNTED, UNKNOWN
 from onnxlr.sites.unsupported import LAYOUTS, OPTIMIZED, PACKED, REASONS
+
+if TYPE_CHECKING:
+    from onnxlr.sites import Inventory
 
 INPUTS = re.compile(r"weight|embedding|bias_table|lora|^W$", re.IGNORECASE)
 OPERATORS = re.compile(r"MatMul|Gemm(?!a)|Conv|Einsum|MoE|LSTM$|GRU$|^RNN$|^Gather$|^Gather(Block|Packed)")
@@ -64,7 +68,7 @@ def test_every_multiplication_is_counted_or_known_to_be_unknown() -> None:
     assert {s.name for s in SCHEMAS if s.name.endswith("Attention")} <= COUNTED | UNKNOWN
 
 
-def inventory_of(op: str, domain: str, weight: np.ndarray[tuple[int, ...], np.dtype[np.uint8]], **attributes: int):
+def inventory_of(op: str, domain: str, weight: np.ndarray[Any, Any], **attributes: int) -> Inventory:
     node = helper.make_node(op, ["x", "w"], ["y"], "it", domain=domain, **attributes)
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in "xy"]
     graph = helper.make_graph([node], "g", values[:1], values[1:], [numpy_helper.from_array(weight, "w")])
