@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 import onnxlr
 from onnxlr.calibrate import accumulate, weight_moments
 from onnxlr.config import Config, Target
+from onnxlr.errors import ModelError
 from onnxlr.factorize import Factors
 from onnxlr.forms import Stored
 from onnxlr.layer import Layer, grouped
@@ -456,3 +457,16 @@ def test_a_graph_of_one_such_operator_is_compressed(op: str) -> None:
     # the data lie in four dimensions beside their mean, which the bias takes
     assert own.rank < 0.9 * min(own.d_in, own.d_out)
     assert report.validation.error < 1e-3
+
+
+@pytest.mark.parametrize("op", sorted(GRAPHS.keys() - {"FusedMatMul"}))
+def test_what_no_tensor_shows_has_no_gradient(op: str) -> None:
+    pytest.importorskip("torch")
+    output, body, weights = GRAPHS[op]
+    model = parsed(f"(float[N, 8, 48] x) => ({output})", body, **weights)
+    data = [{"x": random(seed, 1, 8, 48)} for seed in range(64)]
+    config = Config(objective="fisher", target=Target("keep_params", 0.7), rank_multiple=1, threads=1)
+    with pytest.raises(ModelError, match="no gradient reaches any weight: use --objective output"):
+        onnxlr.compress(model, data, config)
+    report = onnxlr.compress(model, data, replace(config, objective="auto"))
+    assert (report.config["objective"], report.objective_reason) == ("output", "no gradient reaches any weight")
