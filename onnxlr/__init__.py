@@ -16,15 +16,18 @@ from onnxlr.gram import Stats
 from onnxlr.model_io import Model, load, save
 from onnxlr.pipeline import compress
 from onnxlr.report import Recovery, Report
+from onnxlr.speed import Benchmark, Profile, bench, profile
 from onnxlr.validate import Validation
 
 __all__ = [
     "Analysis",
+    "Benchmark",
     "Config",
     "Export",
     "ImageOptions",
     "Model",
     "OnnxlrError",
+    "Profile",
     "Recovery",
     "Report",
     "Stats",
@@ -32,12 +35,14 @@ __all__ = [
     "Tuning",
     "Validation",
     "analyze",
+    "bench",
     "calibrate",
     "compress",
     "export",
     "finetune",
     "inspect",
     "load",
+    "profile",
     "save",
     "validate",
 ]

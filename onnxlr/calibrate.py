@@ -13,7 +13,6 @@ from functools import reduce
 from operator import add
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import onnx
 
 from onnxlr.data import batches, sample_count
@@ -22,10 +21,11 @@ from onnxlr.gram import Moments, Stats
 from onnxlr.inner import bring_out, outputs_of, pieces
 from onnxlr.model_io import from_proto
 from onnxlr.rows import Rows
+from onnxlr.running import RunningMoments
 from onnxlr.session import Session
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -112,7 +112,9 @@ def accumulate(
     inputs
         The model's inputs.
     config
-        Batch size, mask, provider and threads are used.
+        Batch size, mask, rows, provider and threads are used. Where `rows` is "auto" a tensor whose moments have
+        settled (`onnxlr.running`) takes no more rows, and the pass ends when all have: give the samples in an order in
+        which any first part is a sample of all.
     progress
         Called with the number of samples after each batch.
 
@@ -124,57 +126,99 @@ def accumulate(
         From onnxruntime.
     """
     wanted = probes(inventory.weights, config.objective)
-    inner, sums = _in_bodies(inventory.weights, config.objective)
-    tensors = list(dict.fromkeys(tensor for tensor, _ in wanted if tensor not in inner))
-    probed = with_outputs(model, tensors)
+    inner, sums = _in_bodies(inventory.weights, config)
+    probed = with_outputs(model, list(dict.fromkeys(tensor for tensor, _ in wanted if tensor not in inner)))
     for seen_as, (tensor, bodies) in inner.items():
         bring_out(probed.proto.graph, tensor, seen_as, bodies)
     session = Session(probed, provider=config.provider, threads=config.threads, streaming=True)
-    fetched = [tensor for tensor in tensors if tensor not in {spec.name for spec in inputs}]
-    fetched += [name for seen_as in inner for name in outputs_of(seen_as)]
+    given = {spec.name for spec in inputs}
+    together = _added_up(inventory.weights, config.objective)
     digest = hashlib.sha256()
     count = 0
     for feed in batches(_hashed(samples, digest), config.batch, inputs):
-        activations = {**feed, **session.run(feed, fetched)} if fetched else feed
+        names = (name for tensor, _ in wanted for name in (outputs_of(tensor) if tensor in inner else (tensor,)))
+        fetched = [name for name in dict.fromkeys(names) if name not in given]
         mask = mask_of(feed, config.mask)
-        for probe in wanted:
-            tensor, rows = probe
-            names = outputs_of(tensor) if tensor in inner else ()
-            for array in pieces(*(activations[name] for name in names)) if names else [activations[tensor]]:
-                with np.errstate(invalid="ignore", over="ignore"):
-                    moments = Moments.of(rows.of(array, mask))
-                if not np.isfinite(moments.gram).all():
-                    raise DataError(
-                        f"tensor {tensor!r} holds NaN or infinite values in the batch from sample {count}: "
-                        "check the model and the data with onnxruntime"
-                    )
-                sums[probe] = sums[probe] + moments if probe in sums else moments
+        # what is not named is not there any more beside the next batch's
+        _add(
+            {**feed, **session.run(feed, fetched)} if fetched else feed,
+            inner,
+            mask,
+            wanted,
+            sums,
+            count,
+            watched=config.rows == "auto",
+        )
         size = sample_count(feed, inputs)
         count += size
         progress(size)
+        if config.rows == "auto":
+            wanted = [probe for own in together if not all(sums[each].settled for each in own) for probe in own]
+            if not wanted:
+                break
     if not count:
         raise DataError("there are no samples to calibrate on: one of so many is held out, so give at least two")
+    del session  # its memory is as much as the moments take once they are whole
     return Stats(
         model=model.fingerprint(),
         data=(digest.hexdigest(),),
         samples=count,
         holdout_every=config.holdout_every,
-        moments={probe_key(probe): value for probe, value in sums.items()},
+        moments={probe_key(probe): sums.pop(probe).moments() for probe in list(sums)},
     )
 
 
 def _in_bodies(
-    weights: Iterable[Weight], objective: Objective
-) -> tuple[dict[str, tuple[str, tuple[Body, ...]]], dict[Probe, Moments]]:
+    weights: Iterable[Weight], config: Config
+) -> tuple[dict[str, tuple[str, tuple[Body, ...]]], dict[Probe, RunningMoments]]:
     """What the names of probes in bodies stand for: a tensor and its bodies; and their moments while none has run."""
     tensors, sums = {}, {}
     sites = ((weight, site) for weight in weights for site in weight.sites if site.bodies)
     for weight, site in sites:
-        for probe in site_probes(weight, site, objective):
+        for probe in site_probes(weight, site, config.objective):
             of_output = probe[0] == site.seen_as(site.output)
             tensors[probe[0]] = (site.output if of_output else site.input, site.bodies)
-            sums[probe] = Moments.zero(weight.d_out if of_output else weight.d_in)
+            width = weight.d_out if of_output else weight.d_in
+            sums[probe] = RunningMoments(width, watched=config.rows == "auto")
     return tensors, sums
+
+
+def _add(
+    activations: Feed,
+    inner: Container[str],
+    mask: NDArray[Any] | None,
+    wanted: Iterable[Probe],
+    sums: dict[Probe, RunningMoments],
+    first: int,
+    *,
+    watched: bool,
+) -> None:
+    """Add the rows of one batch, which begins with sample `first`, to `sums`."""
+    for probe in wanted:
+        tensor, place = probe
+        names = outputs_of(tensor) if tensor in inner else ()
+        try:
+            for array in pieces(*(activations[name] for name in names)) if names else [activations[tensor]]:
+                rows = place.of(array, mask)
+                running = sums[probe] = sums.get(probe) or RunningMoments(rows.shape[1], watched=watched)
+                running.add(rows)
+        except FloatingPointError:
+            raise DataError(
+                f"tensor {tensor!r} holds NaN or infinite values in the batch from sample {first}: "
+                "check the model and the data with onnxruntime"
+            ) from None
+
+
+def _added_up(weights: Iterable[Weight], objective: Objective) -> list[list[Probe]]:
+    """All probes, those together whose moments are added up: they have to count as many rows of each."""
+    sets: list[dict[Probe, None]] = []
+    for weight in weights:
+        own = dict.fromkeys(probe for site in weight.sites for probe in site_probes(weight, site, objective))
+        for other in [other for other in sets if other.keys() & own.keys()]:
+            sets.remove(other)
+            own = other | own
+        sets.append(own)
+    return [list(own) for own in sets]
 
 
 def _hashed(samples: Iterable[Sample], digest: Any) -> Iterator[Sample]:

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 
 from onnxlr.calibrate import INSTEAD, accumulate, has_gradients
-from onnxlr.data import IMAGES_KEY, ImageOptions, batches, fixed_batch, load_labels, open_data, split
+from onnxlr.data import IMAGES_KEY, ImageOptions, batches, fixed_batch, load_labels, open_data, shuffled, split
 from onnxlr.errors import ConfigError, DataError, InstallError, ModelError, StatsError
 from onnxlr.export import export_temporarily
 from onnxlr.model_io import Model, check, from_proto, load
@@ -193,7 +193,9 @@ def gather(case: Case, config: Config, progress: Progress, labels: NDArray[Any] 
     stats = accumulate(
         case.model,
         case.inventory,
-        case.calibration,
+        case.calibration
+        if config.rows == "all"
+        else shuffled(case.calibration, fixed_batch(case.inputs) or config.batch),
         case.inputs,
         config,
         progress=lambda done: progress("calibrate", done, None),

@@ -16,6 +16,8 @@ Form = Literal["pair", "block", "shared", "width"]
 Allocation = Literal["global", "uniform"]
 Trained = Literal["factors", "all"]
 Augment = Literal["auto", "always", "never"]
+Then = Literal["int8", "int8-static", "fp16"]
+RowChoice = Literal["all", "auto"]
 TargetKind = Literal["energy", "keep_params", "keep_macs", "max_latency", "max_error", "min_metric_kept"]
 
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
@@ -23,9 +25,16 @@ FORMS: tuple[Form, ...] = get_args(Form)
 ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
 TRAINED: tuple[Trained, ...] = get_args(Trained)
 AUGMENT: tuple[Augment, ...] = get_args(Augment)
+THENS: tuple[Then, ...] = get_args(Then)
+ROWS: tuple[RowChoice, ...] = get_args(RowChoice)
 TARGETS: tuple[TargetKind, ...] = get_args(TargetKind)
 BUDGETS: frozenset[TargetKind] = frozenset({"keep_params", "keep_macs", "max_latency"})
 """Targets that are a share of what the dense model costs, and allocated; others hold for each weight or are sought."""
+
+
+def multiple_for(provider: str) -> int:
+    """What ranks should be multiples of: CPU kernels compute 16 columns at a time, a GPU's half-precision units 8."""
+    return 16 if provider.lower() in ("cpu", "cpuexecutionprovider") else 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +102,9 @@ class Config:
         Samples in a batch, where the model's batch axis is free.
     holdout_every
         One sample of so many is held out for validation and never calibrated on.
+    rows
+        "all": moments of every row of the calibration data. "auto": of samples in random order, until more would change
+        little.
     mask
         Name of the input that is nonzero where a token is real, for padded batches.
     loss
@@ -101,6 +113,10 @@ class Config:
         the scores before it.
     metric
         "top1" or "module:function", the task metric where labels are given.
+    then
+        What is done with the compressed model at last: see `onnxlr.quantize`. Bounds on the error or the metric hold
+        for the result, shares of parameters, multiply-accumulates or latency for the model before. With 8 bits no
+        identity blocks are made: their factors cannot be balanced.
     provider, threads
         Where and how onnxruntime runs.
     """
@@ -118,9 +134,11 @@ class Config:
     rounds: int = 1
     batch: int = 8
     holdout_every: int = 8
+    rows: RowChoice = "all"
     mask: str | None = None
     loss: str | None = None
     metric: str = "top1"
+    then: Then | None = None
     provider: str = "cpu"
     threads: int = 0
 
@@ -134,6 +152,10 @@ class Config:
             raise ConfigError(f"unknown form {min(unknown)!r}: choose of {', '.join(FORMS)}")
         if self.allocation not in ALLOCATIONS:
             raise ConfigError(f"unknown allocation {self.allocation!r}: choose one of {', '.join(ALLOCATIONS)}")
+        if self.then is not None and self.then not in THENS:
+            raise ConfigError(f"unknown step {self.then!r} after compression: choose one of {', '.join(THENS)}")
+        if self.rows not in ROWS:
+            raise ConfigError(f"unknown rows {self.rows!r}: choose one of {', '.join(ROWS)}")
         if self.rounds < 0:
             raise ConfigError(f"rounds must be at least 0, not {self.rounds}")
         if self.objective not in OBJECTIVES:

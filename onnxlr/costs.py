@@ -6,17 +6,28 @@ of the matrices, multiply-accumulates those times the rows of one sample, and la
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Protocol
 
 from onnxlr.rewrite import copies, new_biases
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from onnxlr.forms import Products
     from onnxlr.latency import Timings
     from onnxlr.sites import Inventory, Weight
 
 SIZES = 64
 """Steps of the sizes that are timed beforehand; what lies between is interpolated, or timed when it is asked for."""
+
+
+def timed_dtype(weights: Iterable[Weight]) -> str:
+    """The dtype that products are timed in: that of most parameters; float32 where there are none."""
+    parameters: Counter[str] = Counter()
+    for weight in weights:
+        parameters[weight.dtype] += weight.parameters
+    return max(parameters, key=lambda dtype: parameters[dtype], default="float32")
 
 
 class Costs(Protocol):

@@ -58,8 +58,8 @@ def gradient_moments(
     With `config.loss` they are those of the loss on `labels`, one a sample.
 
     Whole-model parity of the gradient graph with onnxruntime is checked on the first batch. A site that no gradient
-    reaches is left out, and so is one in a body of If, Loop or Scan. The GPU is used when torch has one, in bfloat16
-    where it has that: gradients of random probes are noisier by far.
+    reaches is left out. The GPU is used when torch has one, in bfloat16 where it has that: gradients of random probes
+    are noisier by far.
 
     Raises
     ------
@@ -78,9 +78,9 @@ def gradient_moments(
     half = bool(half_types(model))
     model = widened(model) if half else model
     graph = to_torch(model).to(device)
-    # a tensor of a body is out of reach: it may have many values in one run, or none
-    every = [site for weight in inventory.weights for site in weight.sites]
-    sites = {site.output: site for site in every if site.output_rows and not site.bodies}
+    sites = {site.output: site for weight in inventory.weights for site in weight.sites if site.output_rows}
+    nested = [name for name, site in sites.items() if site.bodies]
+    flat = [name for name in sites if name not in nested]
     probed = scores_of(model, graph.outputs)
     generator = torch.Generator().manual_seed(0)
     sums: dict[str, Moments] = {}
@@ -94,7 +94,10 @@ def gradient_moments(
         mask = mask_of(feed, config.mask)
         given = {name: to_tensor(array, device) for name, array in feed.items()}
         with torch.autocast("cuda", torch.bfloat16, enabled=fast):
-            tensors = graph(given, outputs=[*probed.values(), *sites], track=sites)
+            # a tensor of a body may have many values in one run, or none
+            values: dict[str, list[Any]] = {name: [] for name in nested}
+            tensors = graph(given, outputs=[*probed.values(), *flat], track=flat, inner=values)
+        values |= {name: [tensors[name]] for name in flat}
         floating = [tensors[name] for name in dict.fromkeys(probed.values()) if tensors[name].is_floating_point()]
         if not floating:
             raise ModelError(f"no output of the model is floating, so nothing has a gradient{INSTEAD}")
@@ -104,10 +107,11 @@ def gradient_moments(
             assert labels is not None
             own = torch.from_numpy(np.asarray(labels[first : first + sample_count(feed, inputs)])).to(device)
             total = loss({name: tensors[tensor] for name, tensor in probed.items()}, own)
-        reached = [name for name in sites if total.requires_grad and tensors[name].requires_grad]
-        made = [tensors[name] for name in reached]
+        every = [(name, value) for name in sites for value in values[name]]
+        reached = [(name, value) for name, value in every if total.requires_grad and value.requires_grad]
+        made = [value for _, value in reached]
         gradients = torch.autograd.grad(total, made, allow_unused=True) if made else ()
-        for name, gradient in zip(reached, gradients, strict=True):
+        for (name, _), gradient in zip(reached, gradients, strict=True):
             if gradient is None:
                 continue
             for key, rows in zip(gradient_keys(sites[name]), sites[name].output_rows, strict=True):
@@ -117,7 +121,7 @@ def gradient_moments(
                 sums[key] = sums[key] + moments if key in sums else moments
         progress(sample_count(feed, inputs))
         first += sample_count(feed, inputs)
-    if first and every and not sums:
+    if first and sites and not sums:
         raise ModelError(f"no gradient reaches any weight{INSTEAD}")
     return sums
 

@@ -14,12 +14,15 @@ Three things would make such times wrong:
 
 - A product that runs alone mostly shows the call: onnxruntime has to be entered and its threads woken. So every timed
   run holds several copies of a product, each with weights of its own, and the same run without them is subtracted.
-- After a run, onnxruntime's threads go on spinning for tens of milliseconds and take the cores from the next session.
-  So all that is timed together is one model in one session: a tree of If operators that an input leads to one leaf.
+- Sessions differ in how their threads and memory happen to lie. So all that is timed together is one model in one
+  session (`onnxlr.timed_graph`): a tree of If operators that an input leads to one leaf.
 - Other load on the machine comes and goes. So the leaves are run in turn, round by round, and of each the least time
   but for outliers is kept, since other load only ever adds. On a single thread its own processor time is taken, which
   other load does not enter. And what is measured later is scaled by one product that is timed each time: a machine's
   pace changes by a third within minutes.
+
+Times of an earlier process (`onnxlr.timing_cache`) are believed only where some of them, measured again, are still in
+proportion, and are then scaled to the machine's pace of now.
 
 Weights, and the data of Concats, are seldom in the nearest cache when they are read, as in a whole model; where the
 results go is. In a whole model, moving data therefore takes up to twice as long as here.
@@ -28,27 +31,23 @@ results go is. In a whole model, moving data therefore takes up to twice as long
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from onnxlr.bench import clock_of
 from onnxlr.errors import ConfigError
-from onnxlr.model_io import from_proto
 from onnxlr.session import PROVIDERS, Session
+from onnxlr.timed_graph import Leaf, groups, tree
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
-
-    from onnx import GraphProto, NodeProto
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from onnxlr.data import Feed
-    from onnxlr.model_io import Model
+    from onnxlr.timed_graph import Sizes
 
-    Sizes = tuple[int, int]
     Table = dict[Sizes, float]
 
 DTYPES = {
@@ -65,12 +64,10 @@ WARMUP, MIN_ROUNDS, MAX_ROUNDS = 2, 5, 30
 SECONDS = 0.05
 """For each point: no round begins later than all of them together after the first, once `MIN_ROUNDS` are done."""
 QUANTILE = 0.1
+CHECKED, TRUSTED = 12, 0.15
+"""How many times of an earlier process are measured again, and by what share three of four must be in proportion."""
 
 _REFERENCE = (256, (256, 256))  # rows and sizes of the product that tells the machine's pace
-_WORK = 10**8  # multiply-accumulates of one run, for which products are copied
-_COPIES, _COPIED_BYTES = 32, 2**21  # at most, of one product
-_MOVED, _MOVES = 2 * 10**6, 8  # elements of one run, for which Concats are copied, and how many at most
-_MODEL_BYTES = 2**26  # weights of one model
 
 
 class Timings:
@@ -126,7 +123,7 @@ class Timings:
         A Split of [rows, features] moves as much. Raises as `product` does.
         """
         _require_sizes(rows, features)
-        self._fill(self._moves, [(rows, SMALLEST, features)], _Leaf.concat)
+        self._fill(self._moves, [(rows, SMALLEST, features)], Leaf.concat)
         return _interpolated(self._moves, rows, SMALLEST, features)
 
     def measure(self, products: Iterable[tuple[int, int, int]]) -> None:
@@ -148,8 +145,58 @@ class Timings:
             wanted.append((rows, d_in, self._padded(d_out)))
         self._fill(self._products, wanted, self._matmul)
 
-    def _matmul(self, rows: int, sizes: Sizes) -> _Leaf:
-        return _Leaf.matmul(rows, sizes, helper.tensor_dtype_to_np_dtype(DTYPES[self._dtype]).itemsize)
+    def to_dict(self) -> dict[str, Any]:
+        """All that was measured, in microseconds, for `recall` in another process; plain JSON types."""
+        return {
+            "reference": self._pace,
+            **{
+                name: [[rows, *sizes, one] for rows, table in tables.items() for sizes, one in table.items()]
+                for name, tables in (("products", self._products), ("moves", self._moves))
+            },
+        }
+
+    def recall(self, document: Mapping[str, Any]) -> bool:
+        """Take over the times of an earlier process, if they are still in proportion to each other.
+
+        Up to `CHECKED` products among the longer half, which noise blurs least, and the reference are measured again.
+        The median of new over old is how the machine's pace has changed, and all times are scaled by it.
+
+        Parameters
+        ----------
+        document
+            From `to_dict` of an object with the same provider, threads and dtype.
+
+        Returns
+        -------
+        bool
+            False where a quarter of what was measured again is off by more than `TRUSTED` after scaling, or nothing
+            is in the document: then nothing was taken over.
+
+        Raises
+        ------
+        KeyError, TypeError, ValueError
+            The document is not what `to_dict` gives.
+        """
+        entries = sorted((float(one), int(rows), (int(a), int(b))) for rows, a, b, one in document["products"])
+        moves = [(float(one), int(rows), (int(a), int(b))) for rows, a, b, one in document["moves"]]
+        if not entries:
+            return False
+        long = entries[len(entries) // 2 :]
+        some = [long[i] for i in sorted({round(i) for i in np.linspace(0, len(long) - 1, CHECKED)})]
+        pace, *now = self._time([self._matmul(*_REFERENCE), *(self._matmul(rows, sizes) for _, rows, sizes in some)])
+        before = [float(document["reference"]), *(one for one, _, _ in some)]
+        ratios = np.asarray([pace, *now]) / before
+        change = float(np.median(ratios))
+        if not (change > 0 and np.quantile(np.abs(ratios / change - 1), 0.75) <= TRUSTED):
+            return False
+        self._pace = change * before[0]
+        for tables, measured in ((self._products, entries), (self._moves, moves)):
+            for one, rows, sizes in measured:
+                tables.setdefault(rows, {})[sizes] = round(1024 * change * one) / 1024
+        return True
+
+    def _matmul(self, rows: int, sizes: Sizes) -> Leaf:
+        return Leaf.matmul(rows, sizes, helper.tensor_dtype_to_np_dtype(DTYPES[self._dtype]).itemsize)
 
     def _padded(self, d_out: int) -> int:
         return -(-d_out // self._columns) * self._columns
@@ -158,7 +205,7 @@ class Timings:
         self,
         tables: dict[int, Table],
         wanted: Iterable[tuple[int, int, int]],
-        leaf: Callable[[int, Sizes], _Leaf],
+        leaf: Callable[[int, Sizes], Leaf],
     ) -> None:
         missing: set[tuple[int, Sizes]] = set()
         for full, a, b in wanted:
@@ -168,15 +215,15 @@ class Timings:
             missing.update((rows, sizes) for sizes in points if sizes not in table)
         # from large to small: where two times contradict each other the longer run is the one to trust
         ordered = sorted(missing, key=lambda key: (key[0] * key[1][0] * key[1][1], key), reverse=True)
-        for group in _groups([leaf(rows, sizes) for rows, sizes in ordered]):
+        for group in groups([leaf(rows, sizes) for rows, sizes in ordered]):
             pace, *times = self._time([self._matmul(*_REFERENCE), *group])
             self._pace = self._pace or pace
             for one, microseconds in zip(group, times, strict=True):
                 _insert(tables[one.rows], one.sizes, microseconds * self._pace / pace)
 
-    def _time(self, leaves: Sequence[_Leaf]) -> list[float]:
+    def _time(self, leaves: Sequence[Leaf]) -> list[float]:
         """Microseconds of one copy of each leaf's operator."""
-        model, feed = _tree(leaves, DTYPES[self._dtype])
+        model, feed = tree(leaves, DTYPES[self._dtype])
         session = Session(model, provider=self._provider, threads=self._threads)
         feeds = [{**feed, "which": np.asarray(i, np.int64)} for i in range(2 * len(leaves))]
 
@@ -194,113 +241,6 @@ class Timings:
         least = 1e6 * np.quantile(rounds[WARMUP:], QUANTILE, axis=0)
         copies = np.asarray([leaf.copies for leaf in leaves])
         return [float(one) for one in (least[::2] - least[1::2]) / copies]
-
-
-@dataclass(frozen=True, slots=True)
-class _Leaf:
-    """Copies of one operator, whose time goes to `sizes` of the table of `rows`.
-
-    The operator reads data [rows, width] of all `widths`, and weights [widths[0], d_out] where `d_out` is not 0.
-    """
-
-    op: str
-    rows: int
-    sizes: Sizes
-    widths: tuple[int, ...]
-    d_out: int
-    copies: int
-    weight_bytes: int
-
-    @classmethod
-    def matmul(cls, rows: int, sizes: Sizes, itemsize: int) -> _Leaf:
-        d_in, d_out = sizes
-        nbytes = d_in * d_out * itemsize
-        copies = max(1, min(_COPIES, _WORK // (rows * d_in * d_out), _COPIED_BYTES // nbytes))
-        return cls("MatMul", rows, sizes, (d_in,), d_out, copies, copies * nbytes)
-
-    @classmethod
-    def concat(cls, rows: int, sizes: Sizes) -> _Leaf:
-        _, features = sizes
-        copies = max(1, min(_MOVES, _MOVED // (rows * features)))
-        return cls("Concat", rows, sizes, (features - features // 2, features // 2), 0, copies, 0)
-
-    def data(self, copy: int) -> dict[str, tuple[int, int]]:
-        """Names and shapes of what a copy reads: products the same, Concats each their own."""
-        own = "" if self.d_out else f"/{copy}"
-        return {f"x{self.rows}x{width}/{i}{own}": (self.rows, width) for i, width in enumerate(self.widths)}
-
-    def nodes(self, prefix: str) -> tuple[list[NodeProto], list[str]]:
-        """The copies and their results' names; their weights are to be called `prefix/w0` and so on."""
-        results = [f"{prefix}/y{i}" for i in range(self.copies)]
-        nodes = []
-        for i, result in enumerate(results):
-            if self.d_out:
-                nodes.append(helper.make_node("MatMul", [*self.data(i), f"{prefix}/w{i}"], [result]))
-            else:
-                nodes.append(helper.make_node("Concat", list(self.data(i)), [result], axis=-1))
-        return nodes, results
-
-
-def _tree(leaves: Sequence[_Leaf], element: int) -> tuple[Model, Feed]:
-    """A model that runs what its input `which` says, and a feed for the rest of its inputs.
-
-    2 i are the copies of leaf i, and 2 i + 1 is the same without them. Only shapes leave the model, which cost the same
-    in both and need no copies of data.
-    """
-    rng = np.random.default_rng(0)
-    dtype = helper.tensor_dtype_to_np_dtype(element)
-
-    def array(*shape: int, scale: float = 1.0) -> np.ndarray[Any, Any]:
-        return (scale * rng.standard_normal(shape, np.float32)).astype(dtype)
-
-    def graph(name: str, nodes: list[NodeProto], weights: Sequence[TensorProto]) -> GraphProto:
-        out = helper.make_tensor_value_info(nodes[-1].output[0], TensorProto.INT64, None)
-        return helper.make_graph(nodes, name, [], [out], weights)
-
-    def branch(low: int, high: int) -> GraphProto:
-        """What runs where `low <= which < high`."""
-        name = f"{low}-{high}"
-        if high - low > 1:
-            middle = (low + high) // 2
-            nodes = [
-                helper.make_node("Less", ["which", f"{name}/middle"], [f"{name}/below"]),
-                helper.make_node(
-                    "If", [f"{name}/below"], [f"{name}/out"],
-                    then_branch=branch(low, middle), else_branch=branch(middle, high),
-                ),
-            ]  # fmt: skip
-            return graph(name, nodes, [numpy_helper.from_array(np.asarray(middle, np.int64), f"{name}/middle")])
-        leaf = leaves[low // 2]
-        nodes, results = (
-            leaf.nodes(name) if low % 2 == 0 else ([], [next(iter(leaf.data(i))) for i in range(leaf.copies)])
-        )
-        weights = [
-            numpy_helper.from_array(array(leaf.widths[0], leaf.d_out, scale=leaf.widths[0] ** -0.5), f"{name}/w{i}")
-            for i in range(leaf.copies if nodes and leaf.d_out else 0)
-        ]
-        shapes = [f"{name}/s{i}" for i in range(leaf.copies)]
-        nodes += [helper.make_node("Shape", [y], [shape]) for y, shape in zip(results, shapes, strict=True)]
-        return graph(name, [*nodes, helper.make_node("Concat", shapes, [f"{name}/out"], axis=0)], weights)
-
-    whole = branch(0, 2 * len(leaves))
-    data = {x: shape for leaf in leaves for i in range(leaf.copies) for x, shape in leaf.data(i).items()}
-    whole.input.append(helper.make_tensor_value_info("which", TensorProto.INT64, []))
-    # with free rows no shape is known before the run, and no product is left out for it
-    whole.input.extend(helper.make_tensor_value_info(x, element, [None, width]) for x, (_, width) in data.items())
-    proto = helper.make_model(whole, ir_version=8, opset_imports=[helper.make_opsetid("", 17)])
-    return from_proto(proto), {x: array(*shape) for x, shape in data.items()}
-
-
-def _groups(leaves: Sequence[_Leaf]) -> Iterator[list[_Leaf]]:
-    """The leaves, as many together as one model may hold."""
-    group: list[_Leaf] = []
-    for leaf in leaves:
-        if group and sum(other.weight_bytes for other in group) + leaf.weight_bytes > _MODEL_BYTES:
-            yield group
-            group = []
-        group.append(leaf)
-    if group:
-        yield group
 
 
 def _neighbours(size: int) -> list[tuple[int, float]]:

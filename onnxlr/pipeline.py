@@ -6,7 +6,6 @@ compress = sites -> moments -> decompositions -> ranks under a target -> rewrite
 from __future__ import annotations
 
 import time
-from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,20 +30,22 @@ from onnxlr.case import (
 )
 from onnxlr.choice import Part
 from onnxlr.config import BUDGETS, Config
-from onnxlr.costs import Latency, Macs, Parameters
+from onnxlr.costs import Latency, Macs, Parameters, timed_dtype
 from onnxlr.data import ImageOptions, batches, fixed_batch, sample_count, spread
 from onnxlr.errors import ConfigError, GateError, ModelError, OutputError
 from onnxlr.factorize import Gain
 from onnxlr.files import require_writable
 from onnxlr.groups import group
-from onnxlr.latency import Timings
 from onnxlr.layer import Layer, grouped
 from onnxlr.metrics import load_metric
 from onnxlr.model_io import load, save
+from onnxlr.quantize import quantize
+from onnxlr.report import Quantized
 from onnxlr.rewrite import rewrite
 from onnxlr.session import fused_operators
 from onnxlr.summary import summarize
 from onnxlr.targets import Chooser, by_energy
+from onnxlr.timing_cache import recalled
 from onnxlr.trial import Trial
 from onnxlr.validate import validate
 
@@ -69,8 +70,13 @@ SEARCH_SAMPLES = 256
 """Held-out samples that a search runs again and again; the final validation takes all of them."""
 IMPORTANCE_SAMPLES = 16
 """Calibration samples on which the importance of every weight is measured."""
+QUANTIZE_SAMPLES = 64
+"""Calibration samples that show the range of activations, where those are quantized beforehand."""
 ATTEMPTS = 3
 """Searches for a target, each stricter than the one before, until all held-out samples agree that it is met."""
+
+NEAR = 0.95
+"""A plan that takes less than this share of the latency that it may take is tried again with more of the model kept."""
 
 
 def compress(
@@ -131,6 +137,8 @@ def compress(
     path = None if output is None else Path(output)
     if path is not None:
         require_writable(path, force=force)
+    if config.then in ("int8", "int8-static") and config.forms != {"block"}:
+        config = replace(config, forms=config.forms - {"block"})
     if config.objective == "utilized":  # it has no least squares to narrow a layer or to share a factor by
         config = replace(config, forms=config.forms & {"pair", "block"})
     clock = Clock()
@@ -148,29 +156,30 @@ def compress(
         config, why = resolve(config, stats)
     with clock.stage("prepare"):
         parts = parts_of(case, stats, config)
-    plan, compressed, validation = _meet_target(case, parts, config, truth, clock, progress)
+    plan, result = _meet_target(case, parts, config, truth, clock, progress)
     recovery = None
     if tuning is not None and plan.stored:
         with clock.stage("finetune"):
-            compressed, recovery = tune(compressed, case, config, tuning, truth, progress)
-        with clock.stage("validate"):
-            validation = _validate(case, compressed, config, truth, progress)
+            tuned, recovery = tune(result.compressed, case, config, tuning, truth, progress)
+        result = _finish(case, tuned, config, truth, clock, progress)
     with clock.stage("benchmark"):
-        feed = _bench_feed(case, config)
-        dense, low_rank = compare_latency(
-            [case.model, compressed], feed, provider=config.provider, threads=config.threads
-        )
-        fused = (_fused(case.model, config), _fused(compressed, config))
-    file_bytes = compressed.nbytes if path is None else 0
+        models = [case.model, result.compressed, *([result.quantized] if result.quantized else [])]
+        latencies = compare_latency(models, _bench_feed(case, config), provider=config.provider, threads=config.threads)
+        fused = (_fused(case.model, config), _fused(result.compressed, config))
+    written = result.written.nbytes
     if path is not None:
         with clock.stage("save"):
             # a model that the checker refuses to begin with is not made worse by its compression
-            save(compressed, path, force=force, check=passes_check(case.model))
-            file_bytes = load(path).nbytes
+            save(result.written, path, force=force, check=passes_check(case.model))
+            written = load(path).nbytes
+    quantized = None
+    if result.judged is not result.validation:
+        own = latencies[2]
+        quantized = Quantized(str(config.then), written, own.median_ms, own.ratio, result.judged)
     return summarize(
-        case, parts, plan, config, why, stats, validation, compressed, recovery,
-        output=path, file_bytes=file_bytes, latencies=(dense, low_rank), fused=fused,
-        seconds=clock.seconds,
+        case, parts, plan, config, why, stats, result.validation, result.compressed, recovery,
+        output=path, file_bytes=written if quantized is None else result.compressed.nbytes, quantized=quantized,
+        latencies=latencies, fused=fused, seconds=clock.seconds,
     )  # fmt: skip
 
 
@@ -232,15 +241,15 @@ def _meet_target(
     labels: NDArray[np.int64] | None,
     clock: Clock,
     progress: Progress,
-) -> tuple[Plan, Model, Validation]:
-    """A plan, its model, and the validation that shows the target met on all held-out samples."""
+) -> tuple[Plan, _Result]:
+    """A plan, its models, and the validation that shows the target met on all held-out samples."""
     target, chooser = config.target, None
     # nothing to cut meets every bound, but no budget below the whole
     if target.kind != "energy" and (parts or target.kind in BUDGETS):
         with clock.stage("importance"):
             chooser = _chooser(case, parts, config, labels, progress)
-    limit = target.value
-    for _ in range(ATTEMPTS):
+    limit, met = target.value, None
+    for attempt in range(ATTEMPTS):
         with clock.stage("search"):
             try:
                 plan = by_energy(parts, limit, config) if chooser is None else chooser.plan(limit)
@@ -250,19 +259,26 @@ def _meet_target(
                 break  # what was asked for could be planned, only not what would make up for the difference
         with clock.stage("rewrite"):
             compressed = rewrite(case.inventory, plan.stored)
-        with clock.stage("validate"):
-            validation = _validate(case, compressed, config, labels, progress)
+        result = _finish(case, compressed, config, labels, clock, progress)
+        validation = result.judged
         if target.kind == "max_error" and validation.error > target.value:
             reached = f"a relative error of {validation.error:.4g}"
-            limit *= 0.99 * target.value / validation.error
+            limit *= _stricter(config, result)
         elif target.kind == "min_metric_kept" and not _metric_kept(validation, target.value):
             reached = f"{validation.metric_b:.4g} of {validation.metric_a:.4g}"
             limit += (1 - limit) / 2
         elif target.kind == "max_latency" and (ratio := _latency(case, compressed, config)) > target.value:
             reached = f"{ratio:.3f} of the dense latency"
             limit *= 0.98 * target.value / ratio
+            if met is not None:
+                break
+        elif target.kind == "max_latency" and ratio < NEAR * target.value and limit < 1 and attempt + 1 < ATTEMPTS:
+            met = plan, result  # faster than asked for, at the cost of accuracy
+            limit = min(1.0, limit * (1 + NEAR) / 2 * target.value / ratio)
         else:
-            return plan, compressed, validation
+            return plan, result
+    if met is not None:
+        return met
     if target.kind == "max_latency":
         raise GateError(
             f"--{target} holds for the times of single products, but the model took {reached}: ask for at least that"
@@ -271,6 +287,51 @@ def _meet_target(
         f"--{target} holds on {SEARCH_SAMPLES} held-out samples but not on all {validation.samples}, where "
         f"{reached} was reached: ask for a little more and try again"
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """The compressed model and its parity, and what fewer bits make of it where they are asked for."""
+
+    compressed: Model
+    validation: Validation
+    quantized: Model | None
+    judged: Validation
+
+    @property
+    def written(self) -> Model:
+        return self.quantized or self.compressed
+
+
+def _finish(
+    case: Case,
+    compressed: Model,
+    config: Config,
+    labels: NDArray[np.int64] | None,
+    clock: Clock,
+    progress: Progress,
+) -> _Result:
+    with clock.stage("validate"):
+        alone = _validate(case, compressed, config, labels, progress)
+    if config.then is None:
+        return _Result(compressed, alone, None, alone)
+    with clock.stage("quantize"):
+        feeds = batches(spread(case.calibration, QUANTIZE_SAMPLES), config.batch, case.inputs)
+        quantized = quantize(compressed, config.then, feeds)
+    with clock.stage("validate"):
+        return _Result(compressed, alone, quantized, _validate(case, quantized, config, labels, progress))
+
+
+def _stricter(config: Config, result: _Result) -> float:
+    """By what the bound on the error of low rank has to shrink, where what fewer bits add is in squares."""
+    alone, both, bound = result.validation.error, result.judged.error, config.target.value
+    added = max(0.0, both**2 - alone**2)
+    if not added < bound**2:
+        raise GateError(
+            f"--{config.target} cannot be reached with --then {config.then}, which adds an error of {added**0.5:.4g}: "
+            "ask for more than that, or leave --then out"
+        )
+    return min(1.0, 0.99 * (bound**2 - added) ** 0.5 / alone) if alone else 1.0
 
 
 def _validate(
@@ -317,18 +378,10 @@ def _costs(case: Case, config: Config) -> Costs:
         return Parameters(case.inventory)
     feed = _bench_feed(case, config)
     (dense,) = compare_latency([case.model], feed, provider=config.provider, threads=config.threads)
-    timings = Timings(provider=config.provider, threads=config.threads, dtype=_dtype(case.weights))
+    timings, _ = recalled(provider=config.provider, threads=config.threads, dtype=timed_dtype(case.weights))
     # a batch that is fixed is what rows were counted for; and other load only ever adds
     times = 1 if fixed_batch(case.inputs) else sample_count(feed, case.inputs)
     return Latency(case.inventory, timings, times, 1e3 * dense.p10_ms)
-
-
-def _dtype(weights: Sequence[Weight]) -> str:
-    """The element type that most of the weights' numbers have."""
-    numbers: Counter[str] = Counter()
-    for weight in weights:
-        numbers[weight.dtype] += weight.parameters
-    return numbers.most_common(1)[0][0] if numbers else "float32"
 
 
 def _bench_feed(case: Case, config: Config) -> Feed:

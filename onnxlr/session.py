@@ -2,7 +2,10 @@
 
 A `Session` is one loaded model on one execution provider. It never falls back to another provider in silence, and it
 can run in streaming order, where every node runs as soon as its inputs exist: probes added to a graph then free the
-activations they read at once, instead of keeping all of them alive to the end of the run.
+activations they read at once, instead of keeping all of them alive to the end of the run. Its threads sleep while there
+is no work for them. By default onnxruntime's go on looking for it, after the end of a run too, and so take the cores
+from the next session; and where another process has a core, one thread then looks on at full speed while the other,
+which has the work, waits for its turn (`tools/turns.py`).
 
 onnxruntime's CPU computes next to nothing in bfloat16 (no MatMul, no Add; it casts and moves such tensors). A model
 that it refuses for that is run as its float32 self there, and `computes` says so. Its Python interface has no numpy
@@ -95,7 +98,8 @@ class Session:
     Parameters
     ----------
     model
-        What to run; its external data are read by onnxruntime from `model.folder`.
+        What to run; its external data are read by onnxruntime from `model.folder`. A path is read by onnxruntime
+        alone, so that no other copy of the weights is in memory.
     provider
         A key of `PROVIDERS`, or onnxruntime's own name of a provider.
     threads
@@ -129,7 +133,7 @@ class Session:
 
     def __init__(
         self,
-        model: Model,
+        model: Model | Path,
         *,
         provider: str = "cpu",
         threads: int = 0,
@@ -138,7 +142,8 @@ class Session:
         save_optimized: Path | None = None,
     ) -> None:
         ort = import_onnxruntime()
-        self.name = str(model.path or "the model")
+        path, folder = (model, model.parent) if isinstance(model, Path) else (model.path, model.folder)
+        self.name = str(path or "the model")
         self.provider = PROVIDERS.get(provider.lower(), provider)
         if self.provider not in ort.get_available_providers():
             raise InstallError(
@@ -149,6 +154,7 @@ class Session:
         options.log_severity_level = 4
         options.intra_op_num_threads = threads
         options.enable_mem_pattern = False  # planned for one shape; batches differ in size and length
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if streaming:
             options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
         if not optimize:
@@ -160,16 +166,18 @@ class Session:
             options.add_session_config_entry(prefix + "file_name", save_optimized.name + ".data")
             options.add_session_config_entry(prefix + "min_size_in_bytes", "1024")
         options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", os.fspath(model.folder.resolve())
+            "session.model_external_initializers_file_folder_path", os.fspath(folder.resolve())
         )
         self.computes = ""
         try:
             self._session = self._load(model, options)
         except ModelError as error:
+            whole = load(model) if isinstance(model, Path) else model
             lacking = self.provider == PROVIDERS["cpu"] and "NOT_IMPLEMENTED" in str(error)
-            if not lacking or "bfloat16" not in half_types(model):
+            if not lacking or "bfloat16" not in half_types(whole):
                 raise
-            self._session, self.computes = self._load(widened(model), options), "float32"
+            self._session, self.computes = self._load(widened(whole), options), "float32"
+            model = whole
         if self.provider not in self._session.get_providers():
             raise InstallError(
                 f"onnxruntime could not start {self.provider} on this machine and fell back to "
@@ -178,7 +186,7 @@ class Session:
         self.inputs = [_spec("input", argument) for argument in self._session.get_inputs()]
         self.outputs = [_spec("output", argument) for argument in self._session.get_outputs()]
         self._plain = all(spec.dtype != BFLOAT16 for spec in (*self.inputs, *self.outputs))
-        if self.computes:
+        if self.computes and not isinstance(model, Path):
             stated = {value.name: value.type.tensor_type.elem_type for value in model.proto.graph.input}
             self.inputs = [
                 TensorSpec(spec.name, np.dtype(onnx.helper.tensor_dtype_to_np_dtype(stated[spec.name])), spec.shape)
@@ -189,8 +197,8 @@ class Session:
     def native(self) -> bool:
         return self._plain and not self.computes
 
-    def _load(self, model: Model, options: Any) -> Any:
-        content = self._content(model, options)
+    def _load(self, model: Model | Path, options: Any) -> Any:
+        content = os.fspath(model) if isinstance(model, Path) else self._content(model, options)
         try:
             return import_onnxruntime().InferenceSession(content, options, providers=[self._provider_options()])
         except Exception as error:  # onnxruntime raises a dozen unrelated types

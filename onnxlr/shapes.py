@@ -51,8 +51,8 @@ def measure_shapes(model: Model, sample: Sample, *, provider: str = "cpu") -> di
     return {tensor: tuple(int(length) for length in found[name]) for tensor, name in names.items()}
 
 
-def synthetic_sample(inputs: Sequence[TensorSpec]) -> Feed:
-    """One sample for a model without data: a batch of 1, free axes at a usual length, normal numbers or ones."""
+def synthetic_sample(inputs: Sequence[TensorSpec], batch: int = 1) -> Feed:
+    """Samples for want of data: `batch` where that is free, other axes at a usual length; normal numbers or ones."""
     generator = np.random.default_rng(0)
     sample = {}
     symbols: dict[str, int] = {}
@@ -60,7 +60,7 @@ def synthetic_sample(inputs: Sequence[TensorSpec]) -> Feed:
         free = IMAGE_SIDE if len(spec.shape) == 4 else SEQUENCE_LENGTH
         shape = []
         for axis, length in enumerate(spec.shape):
-            usual = 1 if axis == 0 else free
+            usual = batch if axis == 0 else free
             if isinstance(length, str):
                 shape.append(symbols.setdefault(length, usual))
             else:

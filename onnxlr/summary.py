@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from onnxlr.forms import Products, Stored
     from onnxlr.gram import Stats
     from onnxlr.model_io import Model
-    from onnxlr.report import Recovery
+    from onnxlr.report import Quantized, Recovery
     from onnxlr.sites import Weight
     from onnxlr.targets import Plan
     from onnxlr.validate import Validation
@@ -43,13 +43,14 @@ def summarize(
     *,
     output: Path | None,
     file_bytes: int,
-    latencies: tuple[Latency, Latency],
+    quantized: Quantized | None,
+    latencies: Sequence[Latency],
     fused: tuple[dict[str, int] | None, dict[str, int] | None],
     seconds: dict[str, float],
 ) -> Report:
-    """The report; `latencies`, `fused`: of the dense and the compressed model, `file_bytes`: of what was written."""
+    """The report; `latencies`, `fused`: of the dense and the compressed model, `file_bytes`: of low rank alone."""
     weights = _weight_reports(case, parts, plan, config)
-    dense, low_rank = latencies
+    dense, low_rank = latencies[:2]
     macs = case.inventory.macs
     saved = sum(w.macs - w.macs_after for w in weights if w.macs is not None and w.macs_after is not None)
     return Report(
@@ -75,6 +76,7 @@ def summarize(
         validation=validation,
         latency_ratio=low_rank.ratio,
         recovery=recovery,
+        quantized=quantized,
         weights=weights,
         refusals=tuple(RefusalReport(r.name, r.op, r.reason, r.parameters, r.macs) for r in case.inventory.refusals),
         warnings=tuple(_warnings(case, parts, weights, validation, counted=None not in fused)),

@@ -25,8 +25,8 @@ def doubling(operators: int) -> Model:
 def test_every_model_is_timed_as_often_and_against_the_first() -> None:
     first, second = compare_latency([doubling(1), doubling(20)], FEED, runs=7, warmup=0, budget_seconds=60, threads=1)
     assert first.runs == second.runs == 7
-    assert first.ratio == 1.0
-    assert second.ratio > 0
+    assert first.ratio == first.ratio_p10 == first.ratio_p90 == 1.0
+    assert 0 < second.ratio_p10 <= second.ratio <= second.ratio_p90
     for latency in (first, second):
         assert 0 < latency.p10_ms <= latency.median_ms <= latency.p90_ms
         assert latency == Latency(**latency.to_dict())
@@ -51,3 +51,10 @@ def test_models_that_cannot_be_timed() -> None:
         compare_latency([doubling(1)], {"x": np.ones((2, 4), np.float32)})
     with pytest.raises(InstallError, match="no Nonsense"):
         compare_latency([doubling(1)], FEED, provider="Nonsense")
+
+
+def test_twenty_times_the_work_takes_longer_and_threads_do_not_matter() -> None:
+    wide = {"x": np.ones((40_000, 3), np.float32)}
+    for threads in (1, 2):
+        _, second = compare_latency([doubling(1), doubling(20)], wide, runs=9, budget_seconds=20, threads=threads)
+        assert second.ratio > 3

@@ -58,6 +58,7 @@ def test_an_unknown_target_lists_the_known_ones() -> None:
         ({"rank_multiple": 0}, "rank_multiple must be at least 1, not 0"),
         ({"batch": 0}, "batch must be at least 1, not 0"),
         ({"batch": -3}, "batch must be at least 1, not -3"),
+        ({"rows": "some"}, "unknown rows 'some': choose one of all, auto"),
         ({"holdout_every": 1}, "holdout_every must be at least 2, not 1: some data must be left over"),
         ({"margin": 0.0}, "margin must be above 0 and at most 1, not 0.0"),
         ({"margin": 1.01}, "margin must be above 0 and at most 1, not 1.01"),

@@ -196,6 +196,20 @@ def test_a_model_that_takes_longer_than_its_products_is_planned_anew(ratios: Cal
     assert sizes[0] > sizes[1] > sizes[2]
 
 
+def test_a_model_that_is_faster_than_asked_for_keeps_more_where_it_still_meets_the_target(
+    ratios: Callable[..., list[float]],
+) -> None:
+    config = Config(target=Target("max_latency", 0.8), **SETTINGS)
+    sizes = []
+    for measured in ((0.8,), (0.7, 0.79), (0.7, 0.82), (0.7, 0.75, 0.82)):
+        left = ratios(*measured)
+        sizes.append(onnxlr.compress(mlp(), FEEDS, config).after.parameters)
+        assert not left
+    as_planned, more, not_more, in_between = sizes
+    assert as_planned == not_more < more
+    assert in_between == more
+
+
 @pytest.mark.parametrize("measured", [(0.97, 0.96, 0.95), (100.0,)])
 def test_a_share_that_only_the_products_keep_is_refused_with_what_was_reached(
     ratios: Callable[..., list[float]], measured: tuple[float, ...]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxlr.data import Dataset, TensorSpec, batches, fixed_batch, has_batch_axis, open_data, split, spread
+from onnxlr.data import Dataset, TensorSpec, batches, fixed_batch, has_batch_axis, open_data, shuffled, split, spread
 from onnxlr.errors import ConfigError
 
 FLOAT = np.dtype(np.float32)
@@ -136,3 +136,15 @@ def test_senseless_sizes_are_refused_at_once() -> None:
         batches([], 0, FREE)
     with pytest.raises(ConfigError, match="holdout_every 1: expected 2 or more"):
         split(Dataset("none", lambda: iter(())), 1)
+
+
+@given(count=st.integers(1, 60), run=st.integers(1, 9))
+def test_shuffled_runs_hold_every_sample_once_and_stay_whole(count: int, run: int) -> None:
+    whole = open_data([sequence(i, 2) for i in range(count)], FREE)
+    order = numbers(shuffled(whole, run))
+    assert sorted(order) == list(range(count))
+    assert order == numbers(shuffled(whole, run)) == [index for index, _ in shuffled(whole, run).indexed()]
+    for one, other in pairwise(order):
+        assert other == one + 1 or other % run == 0
+    if run == 1 and count > 20:
+        assert order != sorted(order)

@@ -86,6 +86,7 @@ def report(**changes: Any) -> Report:
         validation=VALIDATION,
         latency_ratio=0.8125,
         recovery=None,
+        quantized=None,
         weights=(CUT, KEPT),
         refusals=(RefusalReport("/conv", "Conv", "convolutions are not supported yet", 1000, None),),
         warnings=("blocks.0.fc1.weight: 300 calibration rows for 384 dimensions",),

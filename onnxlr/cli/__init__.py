@@ -13,11 +13,11 @@ from typing import Any
 
 import click
 
-from onnxlr.cli import commands, finetune, models
+from onnxlr.cli import commands, finetune, models, speed
 from onnxlr.cli.group import cli
 from onnxlr.errors import OnnxlrError
 
-__all__ = ["cli", "commands", "finetune", "main", "models"]
+__all__ = ["cli", "commands", "finetune", "main", "models", "speed"]
 
 
 def main() -> None:

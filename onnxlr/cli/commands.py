@@ -9,9 +9,20 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnxlr.cli.group import cli
-from onnxlr.cli.options import DATA, FILE, POSITIVE, SHARE, common, parse_ranks, running, selecting, training
+from onnxlr.cli.options import (
+    DATA,
+    FILE,
+    POSITIVE,
+    SHARE,
+    common,
+    parse_ranks,
+    rank_multiple,
+    running,
+    selecting,
+    training,
+)
 from onnxlr.cli.output import describe_verdict, progress_bars, show, show_json, show_stats
-from onnxlr.config import ALLOCATIONS, FORMS, OBJECTIVES, TARGETS, Config, Target
+from onnxlr.config import ALLOCATIONS, FORMS, OBJECTIVES, TARGETS, THENS, Config, Target
 from onnxlr.report import terminal
 
 if TYPE_CHECKING:
@@ -168,7 +179,7 @@ def merge(stats: Sequence[Path], output: Path, force: bool, as_json: bool, quiet
 @click.option(
     "--rank", "ranks", multiple=True, metavar="PATTERN=R", help="Give matching weights this rank; repeatable."
 )
-@click.option("--rank-multiple", default=16, type=POSITIVE, help="Ranks are multiples of it, as hardware likes them.")
+@rank_multiple
 @click.option("--margin", default=0.85, type=SHARE, help="No form that keeps more than this share of a weight.")
 @click.option("--floor", default=0.0, type=click.FloatRange(0, 1, max_open=True),
               help="No rank or hidden width below this share of the full one.")  # fmt: skip
@@ -179,6 +190,8 @@ def merge(stats: Sequence[Path], output: Path, force: bool, as_json: bool, quiet
               help="How often importances are measured again at the plan that was found.")  # fmt: skip
 @click.option("--stats", type=FILE, help="Moments to use in place of calibration, from `calibrate` or `merge`.")
 @click.option("--finetune", is_flag=True, help="Train the compressed model to do what MODEL does; needs torch.")
+@click.option("--then", type=click.Choice(THENS),
+              help="Store the result in fewer bits: 8-bit weights, activations too, or half precision.")  # fmt: skip
 @click.option("--report", type=FILE, help="Write the whole report here, as JSON.")
 @click.option("--force", is_flag=True, help="Replace existing files.")
 @training

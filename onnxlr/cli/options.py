@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxlr.config import AUGMENT, TRAINED, Tuning
+from onnxlr.config import AUGMENT, ROWS, TRAINED, Tuning, multiple_for
 from onnxlr.data import ImageOptions
 
 if TYPE_CHECKING:
@@ -37,14 +37,22 @@ def common(command: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def running(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of commands that run a model."""
+def placed(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Where and how onnxruntime runs."""
 
     @click.option("--provider", default="cpu",
                   help="Execution provider: cpu, cuda, tensorrt, ... or onnxruntime's own name.")  # fmt: skip
     @click.option("--threads", default=0, type=click.IntRange(min=0), help="Threads of an operator; 0 is one a core.")
-    @click.option("--batch", default=8, type=POSITIVE, help="Samples in a batch, where the model leaves it free.")
-    @click.option("--mask", metavar="INPUT", help="Input that is nonzero where a token is real, for padded batches.")
+    @wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return command(*args, **kwargs)
+
+    return wrapped
+
+
+def pictured(command: Callable[..., Any]) -> Callable[..., Any]:
+    """How images become inputs."""
+
     @click.option("--images", "convention", default="model",
                   type=click.Choice(["model", "unit", "torchvision", "timm"]),
                   help="How images become inputs: as the model's metadata say (else as unit), values in [0, 1], or "
@@ -61,6 +69,20 @@ def running(command: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def running(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of commands that run a model on all of their data."""
+
+    @placed
+    @click.option("--batch", default=8, type=POSITIVE, help="Samples in a batch, where the model leaves it free.")
+    @click.option("--mask", metavar="INPUT", help="Input that is nonzero where a token is real, for padded batches.")
+    @pictured
+    @wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return command(*args, **kwargs)
+
+    return wrapped
+
+
 def selecting(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of commands that choose weights and gather moments of them."""
 
@@ -68,6 +90,8 @@ def selecting(command: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--exclude", multiple=True, metavar="PATTERN", help="No weights or sites that match; repeatable.")
     @click.option("--holdout-every", default=8, type=click.IntRange(min=2),
                   help="One sample of so many is held out for validation, never calibrated on.")  # fmt: skip
+    @click.option("--rows", default="all", type=click.Choice(ROWS),
+                  help="Moments of every row of the data, or until more rows would change little.")  # fmt: skip
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         return command(*args, **kwargs)
@@ -114,6 +138,30 @@ def _image_options(convention: str, mean: str | None, std: str | None, resize: s
             f"not a number, or a list of them: {given!r} (--mean 0.5,0.5,0.5, --resize 256x256)"
         ) from None
     return options
+
+
+def rank_multiple(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The multiple that ranks are of, after `--provider` where it is left open."""
+
+    @click.option("--rank-multiple", default="auto", metavar="auto|N",
+                  help="Ranks are multiples of it, as hardware likes them; auto: 16 on the CPU, else 8.")  # fmt: skip
+    @wraps(command)
+    def wrapped(*args: Any, rank_multiple: str, provider: str, **kwargs: Any) -> Any:
+        if rank_multiple != "auto" and not (rank_multiple.isdigit() and int(rank_multiple)):
+            message = f"{rank_multiple!r} is neither auto nor a number from 1 on"
+            raise click.BadParameter(message, param_hint="'--rank-multiple'")
+        multiple = multiple_for(provider) if rank_multiple == "auto" else int(rank_multiple)
+        return command(*args, rank_multiple=multiple, provider=provider, **kwargs)
+
+    return wrapped
+
+
+def parse_sizes(text: str) -> list[int]:
+    """Batch sizes, from N or N,N."""
+    sizes = text.split(",")
+    if not all(size.strip().isdigit() and int(size) for size in sizes):
+        raise click.UsageError(f"--batch {text!r} is not a number from 1 on, or several separated by commas")
+    return [int(size) for size in sizes]
 
 
 def parse_ranks(pairs: Iterable[str]) -> dict[str, int]:

@@ -67,7 +67,9 @@ def show_stats(stats: Stats, output: Path, as_json: bool, *, objective: str = ""
         show_json(document)
     else:
         size = terminal.megabytes(output.stat().st_size)
-        show([f"{stats.samples} samples, moments of {len(stats.moments)} tensors, {size}, written to {output}"])
+        rows = sorted(value.count for value in stats.moments.values())
+        taken = f" over {rows[0]:,} to {rows[-1]:,} rows" if rows else ""
+        show([f"{stats.samples} samples, moments of {len(stats.moments)} tensors{taken}, {size}, written to {output}"])
         if objective:
             show([terminal.objective(objective, reason)])
 

@@ -14,7 +14,7 @@ Neither torch nor onnxruntime is imported here; onnx, Polygraphy and Pillow only
 """
 
 from onnxlr.data.arrays import load_labels
-from onnxlr.data.dataset import Dataset, batches, numbered_batches, split, spread
+from onnxlr.data.dataset import Dataset, batches, numbered_batches, shuffled, split, spread
 from onnxlr.data.images import IMAGES_KEY, ImageOptions
 from onnxlr.data.source import open_data
 from onnxlr.data.spec import Feed, Sample, TensorSpec, fixed_batch, has_batch_axis, sample_count
@@ -33,6 +33,7 @@ __all__ = [
     "numbered_batches",
     "open_data",
     "sample_count",
+    "shuffled",
     "split",
     "spread",
 ]

@@ -83,6 +83,18 @@ def spread(dataset: Dataset, count: int) -> Dataset:
     return Dataset(dataset.name, read)
 
 
+def shuffled(dataset: Dataset, run: int) -> Dataset:
+    """A view in a fixed random order, in which `run` consecutive samples stay together to fill a batch."""
+
+    def read() -> Iterator[tuple[int, Deferred]]:
+        items = list(dataset.read())
+        starts = range(0, len(items), run)
+        for start in np.random.default_rng(0).permutation(len(starts)):
+            yield from items[starts[start] : starts[start] + run]
+
+    return Dataset(dataset.name, read)
+
+
 def batches(samples: Iterable[Sample], size: int, inputs: Sequence[TensorSpec]) -> Iterator[Feed]:
     """Merge consecutive samples along axis 0 into feeds, in order.
 

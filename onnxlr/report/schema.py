@@ -91,6 +91,21 @@ class ModelFigures:
 
 
 @dataclass(frozen=True, slots=True)
+class Quantized:
+    """What fewer bits made of the compressed model: it is the one that is written.
+
+    `then` says how (`Config.then`), `file_bytes`, `latency_ms`, `latency_ratio` (against the dense model) and
+    `validation` are as of a `Report`.
+    """
+
+    then: str
+    file_bytes: int
+    latency_ms: float
+    latency_ratio: float
+    validation: Validation
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """A compression, whole.
 
@@ -114,6 +129,8 @@ class Report:
         Median over pairs of runs in turn, compressed over dense; below 1 is faster.
     recovery
         What fine-tuning did; None without it.
+    quantized
+        What fewer bits did; None without them. `after`, `validation` and `latency_ratio` are of low rank alone.
     weights, refusals
         What became of every linear operator.
     warnings
@@ -139,6 +156,7 @@ class Report:
     validation: Validation | None
     latency_ratio: float | None
     recovery: Recovery | None
+    quantized: Quantized | None
     weights: tuple[WeightReport, ...]
     refusals: tuple[RefusalReport, ...]
     warnings: tuple[str, ...]

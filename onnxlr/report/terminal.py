@@ -91,22 +91,33 @@ def _fewer_fused(report: Report) -> str:
 
 def _figures(report: Report) -> Table:
     before, after = report.before, report.after
-    table = _table("", "dense", "compressed", "kept", title=f"{report.config['objective']} objective")
+    fewer = report.quantized
+    columns = ["", "dense", "compressed", "kept", *([] if fewer is None else [f"then {fewer.then}", "kept"])]
+    table = _table(*columns, title=f"{report.config['objective']} objective")
     table.add_row("parameters", count(before.parameters), count(after.parameters),
                   percent(after.parameters, before.parameters))  # fmt: skip
     table.add_row("MACs", count(before.macs), count(after.macs), percent(after.macs, before.macs))
     table.add_row("file", megabytes(before.file_bytes), megabytes(after.file_bytes),
-                  percent(after.file_bytes, before.file_bytes))  # fmt: skip
+                  percent(after.file_bytes, before.file_bytes),
+                  *([] if fewer is None else [megabytes(fewer.file_bytes),
+                                              percent(fewer.file_bytes, before.file_bytes)]))  # fmt: skip
     table.add_row("latency", milliseconds(before.latency_ms), milliseconds(after.latency_ms),
-                  percent(report.latency_ratio, 1))  # fmt: skip
+                  percent(report.latency_ratio, 1),
+                  *([] if fewer is None else [milliseconds(fewer.latency_ms),
+                                              percent(fewer.latency_ratio, 1)]))  # fmt: skip
     if before.metric is not None and after.metric is not None and report.validation is not None:
         name = report.validation.metric_name or "metric"
-        table.add_row(name, f"{before.metric:.4f}", f"{after.metric:.4f}", percent(after.metric, before.metric))
+        cells = [f"{before.metric:.4f}", f"{after.metric:.4f}", percent(after.metric, before.metric)]
+        if fewer is not None:
+            metric = fewer.validation.metric_b
+            cells += [number(metric, ".4f"), percent(metric, before.metric)]
+        table.add_row(name, *cells)
     if report.validation is not None:
         predicted = "" if report.predicted_error is None else f"predicted {report.predicted_error:.4f}"
-        table.add_row("relative error", "", f"{report.validation.error:.4f}", predicted)
+        quantized = [] if fewer is None else [f"{fewer.validation.error:.4f}"]
+        table.add_row("relative error", "", f"{report.validation.error:.4f}", predicted, *quantized)
         if report.validation.noise is not None:
-            table.add_row("half-precision noise", f"{report.validation.noise:.4f}", "", "")
+            table.add_row("half-precision noise", "", f"{report.validation.noise:.4f}", "")
     return table
 
 

@@ -65,6 +65,7 @@ class TorchGraph(torch.nn.Module):  # type: ignore[misc]  # torch is Any to mypy
         missing.raise_if_any(self._where)
         self._keys: dict[Graph, dict[str, str]] = {}
         self._host: set[str] = set()
+        self._inner: dict[str, list[Tensor]] = {}
         self._schedules: dict[tuple[Graph, tuple[str, ...]], tuple[tuple[Step, tuple[str, ...]], ...]] = {}
         # before any weight is registered: one of them may be called `outputs`
         self.inputs = tuple(name for name in self._graph.inputs if name not in self._graph.weights)
@@ -137,6 +138,7 @@ class TorchGraph(torch.nn.Module):  # type: ignore[misc]  # torch is Any to mypy
         *,
         outputs: Sequence[str] | None = None,
         track: Collection[str] = (),
+        inner: dict[str, list[Tensor]] | None = None,
     ) -> dict[str, Tensor]:
         """Run the graph.
 
@@ -150,6 +152,8 @@ class TorchGraph(torch.nn.Module):  # type: ignore[misc]  # torch is Any to mypy
             Tensors that gradients are wanted for though no parameter or input requires one. Where such a tensor is
             not part of an autograd graph yet, it becomes a leaf that requires a gradient; so nothing before the
             first tracked tensor is kept for the backward pass. Only floating ones can be tracked.
+        inner
+            Names of tensors of bodies to track likewise; each is given the values that it had in this run.
 
         Returns
         -------
@@ -176,7 +180,9 @@ class TorchGraph(torch.nn.Module):  # type: ignore[misc]  # torch is Any to mypy
         for name in track:
             if name in scope:
                 scope[name] = self._tracked(name, scope[name])
+        self._inner = {} if inner is None else inner
         self._run(self._graph, scope, wanted, frozenset(track))
+        self._inner = {}
         return {name: self._value(self._graph, scope, name) for name in wanted}
 
     def _tracked(self, name: str, value: Any) -> Any:
@@ -206,7 +212,9 @@ class TorchGraph(torch.nn.Module):  # type: ignore[misc]  # torch is Any to mypy
                 if isinstance(value, Tensor) and any(value is x for x in inputs):
                     # one tensor under two names would merge their gradients into one
                     value = value.view_as(value)
-                scope[name] = self._tracked(name, value) if name in track else value
+                scope[name] = self._tracked(name, value) if name in track or name in self._inner else value
+                if name in self._inner:
+                    self._inner[name].append(scope[name])
             inputs = results = value = None  # type: ignore[assignment]  # or they would outlive their use
             for name in dead:
                 scope.pop(name, None)
