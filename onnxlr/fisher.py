@@ -121,7 +121,7 @@ def gradient_moments(
                 sums[key] = sums[key] + moments if key in sums else moments
         progress(sample_count(feed, inputs))
         first += sample_count(feed, inputs)
-    if first and sites and not sums:
+    if first and inventory.weights and not sums:
         raise ModelError(f"no gradient reaches any weight{INSTEAD}")
     return sums
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 REARRANGING = frozenset({"Identity", "Cast", "Transpose", "Reshape", "Unsqueeze", "Squeeze", "Flatten"})
 
+QUANTIZING = frozenset({"DequantizeLinear", "DequantizeBFP", "DequantizeWithOrder", "DynamicQuantizeLinear"})
 
 RANDOM = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
@@ -150,11 +151,11 @@ class GraphView:
         if tensor.name in self.overridable:
             return "its weight is also an input of the graph, so a caller may replace it: drop it from the inputs"
         producer = _producer(tensor)
-        if isinstance(tensor, gs.Constant):
-            return None if tensor.name in self.sources else "its weight is sparse: store it densely"
+        if self.is_sparse(tensor):
+            return "its weight is sparse: store it densely"
         if producer is None:
             return None
-        if producer.op in ("DequantizeLinear", "DynamicQuantizeLinear") and self._constant_data(producer):
+        if producer.op in QUANTIZING and self._constant_data(producer):
             return "its weight is quantized: compress before quantizing"
         if producer.op in REARRANGING and producer.inputs:
             return self.refusal(producer.inputs[0])
@@ -164,10 +165,20 @@ class GraphView:
             return f"its weight is computed from constants by {producer.op}: fold constants first"
         return None
 
-    def matrices(self, tensor: gs.Tensor) -> set[str]:
-        """The constant matrices, of numbers and not indices, that a tensor is computed from and from nothing else."""
+    def is_sparse(self, tensor: gs.Tensor) -> bool:
+        """Whether a tensor is a constant that is stored sparsely."""
+        producer = _producer(tensor)
+        if producer is not None:
+            return producer.op == "Constant" and not producer.attrs  # graphsurgeon has no sparse attributes
+        return isinstance(tensor, gs.Constant) and tensor.name not in self.sources
+
+    def matrices(self, tensor: gs.Tensor, axes: int = 2) -> set[str]:
+        """The constant matrices, of numbers and not indices, that a tensor is computed from and from nothing else.
+
+        They have two axes or more, or another number of `axes`.
+        """
         stored = {name: self.sources[name] for name in self._computed.get(tensor.name, ())}
-        return {name for name, t in stored.items() if len(t.dims) > 1 and t.data_type not in INDEX_TYPES}
+        return {name for name, t in stored.items() if len(t.dims) >= axes and t.data_type not in INDEX_TYPES}
 
     @cached_property
     def _computed(self) -> dict[str, set[str]]:
@@ -182,7 +193,7 @@ class GraphView:
         return known
 
     def _constant_data(self, node: gs.Node) -> bool:
-        return bool(node.inputs) and self.is_constant(node.inputs[0])
+        return bool(node.inputs) and node.inputs[0].name in self._computed
 
 
 def _type_name(element: Any) -> str:

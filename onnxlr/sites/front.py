@@ -40,24 +40,28 @@ class InFront(Family):
     """The place of the bias; data and weight are at 0 and 1."""
 
     @abstractmethod
-    def width(self, node: gs.Node, shape: tuple[int, ...]) -> tuple[int, int] | str:
-        """`d_in` and `d_out` of a weight of `shape`, or why it cannot be one."""
+    def width(self, node: gs.Node, shape: tuple[int, ...]) -> tuple[int, int]:
+        """`d_in` and `d_out` of a weight of `shape`."""
+
+    def obstacle(self, node: gs.Node, added: tuple[int, ...] | None, d_out: int) -> str | None:
+        """Why the node cannot be a site of `d_out` outputs, with a constant of the shape `added` as its bias."""
+        return None
 
     def find(self, node: gs.Node, view: GraphView) -> Site | str | None:
         data, weight = node.inputs[:2]
         if not view.is_constant(weight):
-            left = "its weight is on the left: compress before fusing" if view.matrices(data) else None
-            return view.refusal(weight) or left
+            return view.refusal(weight) or self._beside(node, view)
         if view.is_constant(data):
             return "both of its operands are constant: fold constants first"
         if view.dtype(weight) not in FLOATING:
             return f"its weight has the type {view.dtype(weight)}"
-        added = _input(node, self.BIAS)
+        added = self.added(node)
         if added is not None and not view.is_constant(added):
             return "its bias is not constant: make it an initializer that is no input of the graph"
-        width = self.width(node, view.shape(weight))
-        if isinstance(width, str):
-            return width
+        d_in, d_out = self.width(node, view.shape(weight))
+        obstacle = self.obstacle(node, None if added is None else view.shape(added), d_out)
+        if obstacle is not None:
+            return obstacle
         output = next(tensor.name for tensor in node.outputs if tensor.name)
         return Site(
             name=node.name or output,
@@ -65,8 +69,8 @@ class InFront(Family):
             output=output,
             input=data.name,
             weight=weight.name,
-            d_in=width[0],
-            d_out=width[1],
+            d_in=d_in,
+            d_out=d_out,
             dtype=view.dtype(weight),
             input_rows=(Rows(),),
             output_rows=(),
@@ -74,9 +78,25 @@ class InFront(Family):
             layout=(node.op, *view.shape(weight)),
         )
 
+    def _beside(self, node: gs.Node, view: GraphView) -> str | None:
+        """Why a constant that the node reads stays, where it is not the weight that a site has."""
+        remaining = self.remaining(node)
+        if remaining is not None and view.matrices(remaining[0]):
+            return remaining[1]
+        return "its weight is on the left: compress before fusing" if view.matrices(node.inputs[0]) else None
+
+    def added(self, node: gs.Node) -> gs.Tensor | None:
+        """The bias that the node reads."""
+        return node.inputs[self.BIAS] if len(node.inputs) > self.BIAS and node.inputs[self.BIAS].name else None
+
     def scale(self, node: gs.Node) -> float:
         """What the operator multiplies its bias by."""
         return 1.0
+
+    def rows(self, site: Site, node: gs.Node, shapes: Mapping[str, tuple[int, ...]]) -> tuple[float, float]:
+        shape = shapes.get(site.input)
+        count = prod(shape[:-1]) if shape else 0
+        return count, count
 
     def stored_bias(self, site: Site, bias: NDArray[Any]) -> NDArray[Any]:
         return bias
@@ -100,7 +120,7 @@ class Attention(InFront):
     domains = MICROSOFT
     BIAS = 2
 
-    def width(self, node: gs.Node, shape: tuple[int, ...]) -> tuple[int, int] | str:
+    def width(self, node: gs.Node, shape: tuple[int, ...]) -> tuple[int, int]:
         return shape[0], shape[1]
 
     def matrix(self, site: Site, node: gs.Node, stored: NDArray[Any]) -> NDArray[np.float64]:
@@ -109,10 +129,6 @@ class Attention(InFront):
     def stored(self, site: Site, matrix: NDArray[Any], *, reads_input: bool) -> NDArray[Any]:
         return matrix
 
-    def rows(self, site: Site, node: gs.Node, shapes: Mapping[str, tuple[int, ...]]) -> tuple[float, float]:
-        count = prod(shapes.get(site.input, (0,))[:-1])
-        return count, count
-
 
 class Recurrent(InFront):
     """The input weights of LSTM, GRU and RNN."""
@@ -120,7 +136,7 @@ class Recurrent(InFront):
     ops = frozenset({"LSTM", "GRU", "RNN"})
     BIAS = 3
 
-    def width(self, node: gs.Node, shape: tuple[int, ...]) -> tuple[int, int] | str:
+    def width(self, node: gs.Node, shape: tuple[int, ...]) -> tuple[int, int]:
         directions, gates, d_in = shape
         return d_in, directions * gates
 
@@ -142,10 +158,6 @@ class Recurrent(InFront):
         added: NDArray[np.float64] = old.astype(np.float64) + self.stored_bias(site, correction)
         return added
 
-    def rows(self, site: Site, node: gs.Node, shapes: Mapping[str, tuple[int, ...]]) -> tuple[float, float]:
-        count = prod(shapes.get(site.input, (0,))[:-1])
-        return count, count
-
     def _directions(self, site: Site) -> int:
         directions = site.layout[1]
         assert isinstance(directions, int)
@@ -159,14 +171,21 @@ class FusedGemm(InFront):
     domains = MICROSOFT
     BIAS = 2
 
-    def width(self, node: gs.Node, shape: tuple[int, ...]) -> tuple[int, int] | str:
+    def width(self, node: gs.Node, shape: tuple[int, ...]) -> tuple[int, int]:
+        rows, columns = shape[:: -1 if node.attrs.get("transB", 0) else 1]
+        return rows, columns
+
+    def obstacle(self, node: gs.Node, added: tuple[int, ...] | None, d_out: int) -> str | None:
         if node.attrs.get("transA", 0):
             return "it transposes its input: compress before fusing"
-        added = _input(node, self.BIAS)
-        d_in, d_out = shape[:: -1 if node.attrs.get("transB", 0) else 1]
-        if added is not None and (prod(added.shape or ()) != d_out or node.attrs.get("beta", 1.0) == 0.0):
+        if node.attrs.get("alpha", 1.0) == 0.0:
+            return "it multiplies by alpha = 0"
+        if added is not None and (added[-1:] != (d_out,) or prod(added) != d_out):
             return f"what it adds is no vector of {d_out} numbers: compress before fusing"
-        return d_in, d_out
+        return None
+
+    def added(self, node: gs.Node) -> gs.Tensor | None:
+        return super().added(node) if node.attrs.get("beta", 1.0) != 0.0 else None
 
     def scale(self, node: gs.Node) -> float:
         return float(node.attrs.get("beta", 1.0))
@@ -180,10 +199,6 @@ class FusedGemm(InFront):
 
     def put(self, graph: gs.Graph, site: Site, node: gs.Node, parts: Parts) -> None:
         node.attrs.update(alpha=1.0, transB=0)
-        if site.bias is None:
+        if site.bias is None and parts.bias is not None:  # beta was for another addend, or 0
             node.attrs["beta"] = 1.0
         super().put(graph, site, node, parts)
-
-
-def _input(node: gs.Node, place: int) -> gs.Tensor | None:
-    return node.inputs[place] if len(node.inputs) > place and node.inputs[place].name else None

@@ -39,6 +39,8 @@ class FusedMatMul(Product):
             return f"its weight has the type {dtype}"
         if len(shape) != 2:
             return f"its weight has {len(shape)} axes, {list(shape)}: compress before fusing"
+        if node.attrs.get("alpha", 1.0) == 0.0:
+            return "it multiplies by alpha = 0"
         if any(node.attrs.get(name, 0) for name in ("transBatchA", "transBatchB")):
             return "it turns the axes of its batch: compress before fusing"
         flipped = bool(node.attrs.get("transB" if left else "transA", 0))

@@ -32,7 +32,7 @@ from onnxlr.sites.gemm import Gemm
 from onnxlr.sites.macs import macs
 from onnxlr.sites.matmul import MatMul
 from onnxlr.sites.structure import Chain, find_chains, shared_inputs
-from onnxlr.sites.unsupported import REASONS
+from onnxlr.sites.unsupported import REASONS, matrices, unsupported
 from onnxlr.surgery import open_graph
 
 if TYPE_CHECKING:
@@ -211,19 +211,13 @@ def take_inventory(model: Model, shapes: Mapping[str, tuple[int, ...]] | None = 
     placed = [(node, bodies) for scope, bodies in graphs(graph) for node in scope.nodes]
     for node, bodies in placed:
         family = family_of(node)
-        found: Site | str | None = None
-        if family is not None:
-            found = family.find(node, view)
-        elif node.op in REASONS and any(map(view.matrices, node.inputs)):
-            found = REASONS[node.op]
+        found = family.find(node, view) if family is not None else unsupported(node, view)
         if isinstance(found, Site):
             found = refusal(bodies) or replace(
                 found, module=modules.get(found.output), bodies=bodies, unseen=unseen(bodies, graph.opset)
             )
         if isinstance(found, Site):
             sites.append(found)
-            if family is not None and (remaining := family.remaining(node)):
-                refusals.append(_remaining(found, node, *remaining, view, shapes))
         elif found is not None:
             refusals.append(_refusal(node, found, view, shapes))
 
@@ -249,6 +243,7 @@ def take_inventory(model: Model, shapes: Mapping[str, tuple[int, ...]] | None = 
                 rows=rows,
             )
         )
+        refusals += [rest for site in members if (rest := _remaining(site, nodes[site.output], view, shapes))]
 
     chains = find_chains(weights, nodes, view)
     shared = shared_inputs(weights)
@@ -349,25 +344,19 @@ def _unobservable(members: list[Site]) -> str | None:
     )
 
 
-def _remaining(
-    site: Site,
-    node: gs.Node,
-    weight: gs.Tensor,
-    reason: str,
-    view: GraphView,
-    shapes: Mapping[str, tuple[int, ...]],
-) -> Refusal:
-    """A refusal of the weight of a node that is no part of its site."""
-    whole, own = macs(node, shapes), FAMILIES[site.op].rows(site, node, shapes)[0] * site.d_in * site.d_out
-    sources = tuple(sorted(view.matrices(weight)))
+def _remaining(site: Site, node: gs.Node, view: GraphView, shapes: Mapping[str, tuple[int, ...]]) -> Refusal | None:
+    """A refusal of the constant weight of a node that is no part of its site, where it has one."""
+    family = FAMILIES[site.op]
+    remaining = family.remaining(node)
+    if remaining is None or not (sources := tuple(sorted(view.matrices(remaining[0])))):
+        return None
+    whole, own = macs(node, shapes), family.rows(site, node, shapes)[0] * site.d_in * site.d_out
     parameters = sum(prod(view.sources[source].dims) for source in sources)
-    return Refusal(
-        site.name, site.op, reason, sources, parameters, None if not shapes or whole is None else round(whole - own)
-    )
+    return Refusal(site.name, site.op, remaining[1], sources, parameters, None if whole is None else round(whole - own))
 
 
 def _refusal(node: gs.Node, reason: str, view: GraphView, shapes: Mapping[str, tuple[int, ...]]) -> Refusal:
-    weights = sorted({source for tensor in node.inputs for source in view.matrices(tensor)})
+    weights = sorted(matrices(node, view))
     return Refusal(
         name=node.name or (node.outputs[0].name if node.outputs else "?"),
         op=node.op,

@@ -20,32 +20,38 @@ if TYPE_CHECKING:
 
 MATRIX_PRODUCTS = frozenset(
     {
-        "MatMul",
-        "FusedMatMul",
-        "TransposeMatMul",
-        "FusedMatMulActivation",
-        "MatMulInteger",
-        "MatMulIntegerToFloat",
-        "DynamicQuantizeMatMul",
+        "MatMul", "FusedMatMul", "TransposeMatMul", "FusedMatMulActivation", "GemmFastGelu", "MatMulInteger",
+        "MatMulInteger16", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QLinearMatMul", "QOrderedMatMul",
+        "MatMulNBits", "MatMulBnb4", "MatMulFpQ4", "MatMulPacked", "MatMulBlockQuantizedFp4Weight",
+        "MatMulBlockQuantizedFp8Weight",
     }
+)  # fmt: skip
+"""The last axis of what they read first, or the one before, is summed over."""
+GEMMS = frozenset({"Gemm", "FusedGemm", "QGemm", "GemmFloat8"})
+CONVOLUTIONS = frozenset({"Conv", "FusedConv", "NhwcConv", "NhwcFusedConv", "ConvInteger", "DeformConv"})
+TRANSPOSED_CONVOLUTIONS = frozenset({"ConvTranspose", "ConvTransposeWithDynamicPads"})
+RECURRENT = frozenset({"LSTM", "GRU", "RNN", "DynamicQuantizeLSTM"})
+COUNTED = (
+    MATRIX_PRODUCTS
+    | GEMMS
+    | CONVOLUTIONS
+    | TRANSPOSED_CONVOLUTIONS
+    | RECURRENT
+    | {"QLinearConv", "Attention", "Einsum"}
 )
-CONVOLUTIONS = frozenset({"Conv", "FusedConv", "ConvInteger"})
-RECURRENT = {"LSTM": 4, "GRU": 3, "RNN": 1, "DynamicQuantizeLSTM": 4}
-COUNTED = MATRIX_PRODUCTS | CONVOLUTIONS | RECURRENT.keys() | {
-    "Gemm", "FusedGemm", "QGemm", "QLinearMatMul", "QLinearConv", "ConvTranspose", "MatMulNBits", "Attention", "Einsum",
-}  # fmt: skip
 UNKNOWN = frozenset(
     {
-        "MultiHeadAttention",
-        "GroupQueryAttention",
-        "PackedAttention",
-        "DecoderMaskedSelfAttention",
-        "QAttention",
-        "MatMulBnb4",
-        "QOrderedMatMul",
-        "QOrderedAttention",
+        "MultiHeadAttention", "GroupQueryAttention", "PackedAttention", "PackedMultiHeadAttention",
+        "DecoderAttention", "DecoderMaskedSelfAttention", "DecoderMaskedMultiHeadAttention", "LongformerAttention",
+        "SparseAttention", "DynamicSparseAttention", "PagedAttention", "SparsePagedAttention", "LinearAttention",
+        "SparseAttentionIndexer", "PackedSparseAttentionIndexer", "GatedRelativePositionBias", "GatedDeltaNet",
+        "GatedDeltaNetStateReplay", "Mamba2Verify", "CausalConvWithState", "VarlenCausalConvWithState", "AttnLSTM",
+        "MoE", "MoEPacked", "MoEGroupRouter", "QMoE", "RouterGateUpProj", "HyperConnectionLowRankMix",
+        "HyperConnectionPostMix", "HyperConnectionPreMix", "SparseToDenseMatMul", "CDist", "WordConvEmbedding",
+        "QAttention", "QOrderedAttention", "QOrderedLongformerAttention", "QLinearConvTranspose", "MatMulNBitsMlp",
+        "MatMulNBitsQkv", "MatMulNBitsQLoRA",
     }
-)
+)  # fmt: skip
 """Operators that multiply, whose count is not known here."""
 
 
@@ -72,17 +78,13 @@ def _count(node: gs.Node, shapes: Mapping[str, Shape]) -> int | None:
     if node.op in MATRIX_PRODUCTS:
         inner = of(0)[-2 if node.attrs.get("transA", 0) and len(of(0)) > 1 else -1]
         return prod(output) * inner
-    if node.op in ("Gemm", "FusedGemm", "QGemm"):
+    if node.op in GEMMS:
         return prod(output) * of(0)[0 if node.attrs.get("transA", 0) else 1]
-    if node.op == "QLinearMatMul":
-        return prod(output) * of(0)[-1]
-    if node.op == "MatMulNBits":
-        return prod(output) * int(node.attrs["K"])
     if node.op in CONVOLUTIONS:
         return prod(output) * prod(of(1)[1:])
     if node.op == "QLinearConv":
         return prod(output) * prod(of(3)[1:])
-    if node.op == "ConvTranspose":
+    if node.op in TRANSPOSED_CONVOLUTIONS:
         return prod(of(0)) * prod(of(1)[1:])
     if node.op == "Einsum":
         if len(node.inputs) != 2:
@@ -92,9 +94,11 @@ def _count(node: gs.Node, shapes: Mapping[str, Shape]) -> int | None:
         for letter, length in zip("".join(terms), of(0) + of(1), strict=True):
             lengths[letter] = max(length, lengths.get(letter, 1))  # an axis of length 1 is broadcast
         return prod(lengths.values())
+    past = of(4)[-2] if len(node.inputs) > 4 and node.inputs[4].name else 0
     if node.domain != "com.microsoft":  # ONNX's Attention: queries times keys, then scores times values
-        past = of(4)[-2] if len(node.inputs) > 4 and node.inputs[4].name else 0
         return (prod(of(0)) + prod(output)) * (of(1)[-2] + past)
     batch, length, width = of(0)  # com.microsoft Attention: packed projection, scores, mixing
     queries, _, values = node.attrs.get("qkv_hidden_sizes", [of(1)[1] // 3] * 3)
-    return batch * length * (width * of(1)[1] + length * int(queries + values))
+    if node.attrs.get("past_present_share_buffer", 0):  # how much of the past is filled is a value, not a shape
+        return None
+    return batch * length * (width * of(1)[1] + (length + past) * int(queries + values))
