@@ -12,7 +12,7 @@ trained with labels by the same recipe as the others. Compared are the MLU of th
     masked, masked images   pre-trained only, measured on images masked as in its training
     masked, whole images    pre-trained only, measured on whole images
 
-Found at 99% of the energy, after 6 epochs of pre-training: 18.8% supervised, 21.0% supervised after pre-training (with a
+Found at 99% of the energy, after 6 epochs of pre-training: 18.8% supervised, 21.0% supervised after pre-training (and a
 top-1 of 92.1% in place of 91.5%), 26% masked on masked images and 24% on whole ones. The control was not run.
 Pre-training takes some 12 minutes on one core, each training with labels some 20.
 """
