@@ -5,14 +5,11 @@ compress = sites -> moments -> decompositions -> ranks under a target -> rewrite
 
 from __future__ import annotations
 
-import time
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnxlr.bench import compare_latency
-from onnxlr.calibrate import weight_gradients, weight_moments, without_rows
 from onnxlr.case import (
     gather,
     load_truth,
@@ -28,17 +25,16 @@ from onnxlr.case import (
     resolve,
     tune,
 )
-from onnxlr.choice import Part
+from onnxlr.clock import Clock
 from onnxlr.config import BUDGETS, Config
 from onnxlr.costs import Latency, Macs, Parameters, timed_dtype
 from onnxlr.data import ImageOptions, batches, fixed_batch, sample_count, spread
 from onnxlr.errors import ConfigError, GateError, ModelError, OutputError
-from onnxlr.factorize import Gain
 from onnxlr.files import require_writable
 from onnxlr.groups import group
-from onnxlr.layer import Layer, grouped
 from onnxlr.metrics import load_metric
 from onnxlr.model_io import load, save
+from onnxlr.parts import parts_of
 from onnxlr.quantize import quantize
 from onnxlr.report import Quantized
 from onnxlr.rewrite import rewrite
@@ -50,19 +46,19 @@ from onnxlr.trial import Trial
 from onnxlr.validate import validate
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     import numpy as np
     from numpy.typing import NDArray
 
     from onnxlr.case import Case, ModelLike, Progress
+    from onnxlr.choice import Part
     from onnxlr.config import Tuning
     from onnxlr.costs import Costs
     from onnxlr.data import Feed
     from onnxlr.gram import Stats
     from onnxlr.model_io import Model
     from onnxlr.report import Report
-    from onnxlr.sites import Weight
     from onnxlr.targets import Plan
     from onnxlr.validate import Validation
 
@@ -181,57 +177,6 @@ def compress(
         output=path, file_bytes=written if quantized is None else result.compressed.nbytes, quantized=quantized,
         latencies=latencies, fused=fused, seconds=clock.seconds,
     )  # fmt: skip
-
-
-def parts_of(case: Case, stats: Stats | None, config: Config) -> list[Part]:
-    """The weights that take part, with their moments, as `config.objective` sees them.
-
-    Raises
-    ------
-    ConfigError
-        A rank that is demanded is above the full one.
-    StatsError
-        `stats` lacks the moments that the objective needs.
-    """
-    return [_part(case, weight, stats, config) for weight in case.weights]
-
-
-def _part(case: Case, weight: Weight, stats: Stats | None, config: Config) -> Part:
-    matching = [rank for pattern, rank in config.ranks.items() if weight.matches(pattern)]
-    fixed = matching[-1] if matching else None
-    if fixed is not None and fixed > min(weight.d_in, weight.d_out):
-        raise ConfigError(
-            f"--rank {fixed} for {weight.name!r} is above its full rank {min(weight.d_in, weight.d_out)}: lower it"
-        )
-    matrix = case.inventory.matrix(weight)
-    if stats is None or config.objective == "weight":
-        return Part(weight, grouped([Layer(each) for each in _matrices(matrix)]), fixed)
-    moments = weight_moments(stats, case.inventory, weight, config.objective)
-    why = without_rows(weight, moments)
-    if why:
-        note = f"{why}, so it is cut by its weight alone; "
-        return Part(weight, grouped([Layer(each) for each in _matrices(matrix)]), fixed, note=note)
-    projected = config.objective == "utilized"
-    gradients = weight_gradients(stats, weight) if config.objective == "fisher" else None
-    layers = [
-        Layer(
-            each,
-            moments[group],
-            observed_output=weight.observes_output and not projected,
-            gain=None if gradients is None else Gain.of(gradients[group]),
-            projected=projected,
-        )
-        for group, each in enumerate(_matrices(matrix))
-    ]
-    unreached = config.objective == "fisher" and gradients is None
-    note = "no gradient reaches it, so its own output's error is minimised; " if unreached else ""
-    rows = min(own.count for own in moments)
-    return Part(weight, grouped(layers), fixed, rows, moments[0].dim, note)
-
-
-def _matrices(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
-    """One or several matrices as [groups, d_in, d_out]."""
-    return matrix.reshape(-1, *matrix.shape[-2:])
 
 
 def _meet_target(
@@ -403,19 +348,3 @@ def _fused(model: Model, config: Config) -> dict[str, int] | None:
         return fused_operators(model, provider=config.provider, threads=config.threads)
     except (ModelError, OutputError):
         return None
-
-
-@dataclass(slots=True)
-class Clock:
-    """Seconds by stage; a stage entered twice adds up."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Add the time of the block to `name`."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

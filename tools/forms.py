@@ -30,7 +30,8 @@ from onnxlr.data import batches, open_data, spread
 from onnxlr.groups import group
 from onnxlr.importance import measure_again, measure_alone
 from onnxlr.metrics import relative_error
-from onnxlr.pipeline import IMPORTANCE_SAMPLES, parts_of
+from onnxlr.parts import parts_of
+from onnxlr.pipeline import IMPORTANCE_SAMPLES
 from onnxlr.rewrite import rewrite
 from onnxlr.session import Session
 from onnxlr.targets import Planner, well_conditioned

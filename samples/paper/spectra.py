@@ -22,7 +22,7 @@ import numpy as np
 import onnxlr
 from onnxlr.calibrate import weight_moments
 from onnxlr.case import gather, prepare, quiet
-from onnxlr.pipeline import parts_of
+from onnxlr.parts import parts_of
 from onnxlr.rewrite import rewrite
 from onnxlr.spectrum import eigen, rank_for_energy
 from samples.paper.figures import BLUE, GREY, ORANGE, panels, save

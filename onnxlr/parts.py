@@ -1,0 +1,71 @@
+"""The weights that take part, as the objective sees them: with their moments, and what their errors weigh."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from onnxlr.calibrate import weight_gradients, weight_moments, without_rows
+from onnxlr.choice import Part
+from onnxlr.errors import ConfigError
+from onnxlr.factorize import Gain
+from onnxlr.layer import Layer, grouped
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from onnxlr.case import Case
+    from onnxlr.config import Config
+    from onnxlr.gram import Stats
+    from onnxlr.sites import Weight
+
+
+def parts_of(case: Case, stats: Stats | None, config: Config) -> list[Part]:
+    """The weights that take part, with their moments, as `config.objective` sees them.
+
+    Raises
+    ------
+    ConfigError
+        A rank that is demanded is above the full one.
+    StatsError
+        `stats` lacks the moments that the objective needs.
+    """
+    return [_part(case, weight, stats, config) for weight in case.weights]
+
+
+def _part(case: Case, weight: Weight, stats: Stats | None, config: Config) -> Part:
+    matching = [rank for pattern, rank in config.ranks.items() if weight.matches(pattern)]
+    fixed = matching[-1] if matching else None
+    if fixed is not None and fixed > min(weight.d_in, weight.d_out):
+        raise ConfigError(
+            f"--rank {fixed} for {weight.name!r} is above its full rank {min(weight.d_in, weight.d_out)}: lower it"
+        )
+    matrix = case.inventory.matrix(weight)
+    if stats is None or config.objective == "weight":
+        return Part(weight, grouped([Layer(each) for each in _matrices(matrix)]), fixed)
+    moments = weight_moments(stats, case.inventory, weight, config.objective)
+    why = without_rows(weight, moments)
+    if why:
+        note = f"{why}, so it is cut by its weight alone; "
+        return Part(weight, grouped([Layer(each) for each in _matrices(matrix)]), fixed, note=note)
+    projected = config.objective == "utilized"
+    gradients = weight_gradients(stats, weight) if config.objective == "fisher" else None
+    layers = [
+        Layer(
+            each,
+            moments[group],
+            observed_output=weight.observes_output and not projected,
+            gain=None if gradients is None else Gain.of(gradients[group]),
+            projected=projected,
+        )
+        for group, each in enumerate(_matrices(matrix))
+    ]
+    unreached = config.objective == "fisher" and gradients is None
+    note = "no gradient reaches it, so its own output's error is minimised; " if unreached else ""
+    rows = min(own.count for own in moments)
+    return Part(weight, grouped(layers), fixed, rows, moments[0].dim, note)
+
+
+def _matrices(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+    """One or several matrices as [groups, d_in, d_out]."""
+    return matrix.reshape(-1, *matrix.shape[-2:])
