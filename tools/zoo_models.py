@@ -31,7 +31,10 @@ def bert() -> tuple[nn.Module, tuple[Tensor, ...]]:
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)
-    config = BertConfig(TOKENS, WIDTH, LAYERS, 4, 4 * WIDTH, attn_implementation="eager")
+    config = BertConfig(
+        vocab_size=TOKENS, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=4,
+        intermediate_size=4 * WIDTH, attn_implementation="eager",
+    )  # fmt: skip
     return Call(BertModel(config), ("input_ids", "attention_mask"), "last_hidden_state"), (_tokens(), _ones())
 
 
@@ -43,7 +46,9 @@ def gpt2() -> tuple[nn.Module, tuple[Tensor, ...]]:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    config = GPT2Config(TOKENS, 64, WIDTH, LAYERS, 4, attn_implementation="eager")
+    config = GPT2Config(
+        vocab_size=TOKENS, n_positions=64, n_embd=WIDTH, n_layer=LAYERS, n_head=4, attn_implementation="eager"
+    )
     return Call(GPT2LMHeadModel(config), ("input_ids",), "logits", use_cache=False), (_tokens(),)
 
 
@@ -51,7 +56,10 @@ def llama() -> tuple[nn.Module, tuple[Tensor, ...]]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(TOKENS, WIDTH, 3 * WIDTH, LAYERS, 4, 2, attn_implementation="eager")
+    config = LlamaConfig(
+        vocab_size=TOKENS, hidden_size=WIDTH, intermediate_size=3 * WIDTH, num_hidden_layers=LAYERS,
+        num_attention_heads=4, num_key_value_heads=2, attn_implementation="eager",
+    )  # fmt: skip
     return Call(LlamaForCausalLM(config), ("input_ids",), "logits", use_cache=False), (_tokens(),)
 
 
@@ -59,7 +67,7 @@ def t5() -> tuple[nn.Module, tuple[Tensor, ...]]:
     from transformers import T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(0)
-    config = T5Config(TOKENS, WIDTH, 32, 4 * WIDTH, LAYERS, num_heads=4)
+    config = T5Config(vocab_size=TOKENS, d_model=WIDTH, d_kv=32, d_ff=4 * WIDTH, num_layers=LAYERS, num_heads=4)
     model = T5ForConditionalGeneration(config)
     return Call(model, ("input_ids", "decoder_input_ids"), "logits", use_cache=False), (_tokens(), _tokens(2, 9))
 
@@ -69,7 +77,9 @@ def whisper() -> tuple[nn.Module, tuple[Tensor, ...]]:
 
     torch.manual_seed(0)
     config = WhisperConfig(
-        TOKENS, 40, LAYERS, 4, LAYERS, 4, 4 * WIDTH, 4 * WIDTH, d_model=WIDTH, max_source_positions=100,
+        vocab_size=TOKENS, num_mel_bins=40, encoder_layers=LAYERS, encoder_attention_heads=4, decoder_layers=LAYERS,
+        decoder_attention_heads=4, encoder_ffn_dim=4 * WIDTH, decoder_ffn_dim=4 * WIDTH, d_model=WIDTH,
+        max_source_positions=100,
         max_target_positions=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
         attn_implementation="eager",
     )  # fmt: skip
@@ -83,8 +93,9 @@ def yolos() -> tuple[nn.Module, tuple[Tensor, ...]]:
 
     torch.manual_seed(0)
     config = YolosConfig(
-        WIDTH, LAYERS, 4, 4 * WIDTH, image_size=[128, 128], num_detection_tokens=20, attn_implementation="eager"
-    )
+        hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=4, intermediate_size=4 * WIDTH,
+        image_size=[128, 128], num_detection_tokens=20, attn_implementation="eager",
+    )  # fmt: skip
     return Call(YolosForObjectDetection(config), ("pixel_values",), "logits"), (torch.randn(2, 3, 128, 128),)
 
 
@@ -93,7 +104,7 @@ def segmentation() -> tuple[nn.Module, tuple[Tensor, ...]]:
 
     torch.manual_seed(0)
     model = lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=21)
-    return Call(model, ("x",), "out"), (torch.randn(2, 3, 128, 128),)
+    return Call(model, ("input",), "out"), (torch.randn(2, 3, 128, 128),)
 
 
 def video() -> tuple[nn.Module, tuple[Tensor, ...]]:
