@@ -47,7 +47,7 @@ def gpt2() -> tuple[nn.Module, tuple[Tensor, ...]]:
 
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=TOKENS, n_positions=64, n_embd=WIDTH, n_layer=LAYERS, n_head=4, attn_implementation="eager"
+        vocab_size=TOKENS, n_positions=128, n_embd=WIDTH, n_layer=LAYERS, n_head=4, attn_implementation="eager"
     )
     return Call(GPT2LMHeadModel(config), ("input_ids",), "logits", use_cache=False), (_tokens(),)
 
@@ -79,12 +79,12 @@ def whisper() -> tuple[nn.Module, tuple[Tensor, ...]]:
     config = WhisperConfig(
         vocab_size=TOKENS, num_mel_bins=40, encoder_layers=LAYERS, encoder_attention_heads=4, decoder_layers=LAYERS,
         decoder_attention_heads=4, encoder_ffn_dim=4 * WIDTH, decoder_ffn_dim=4 * WIDTH, d_model=WIDTH,
-        max_source_positions=100,
-        max_target_positions=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+        max_source_positions=64,
+        max_target_positions=128, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
         attn_implementation="eager",
     )  # fmt: skip
     model = WhisperForConditionalGeneration(config)
-    inputs = (torch.randn(2, 40, 200), _tokens(2, 9))
+    inputs = (torch.randn(2, 40, 128), _tokens(2, 9))
     return Call(model, ("input_features", "decoder_input_ids"), "logits", use_cache=False), inputs
 
 
