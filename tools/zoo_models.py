@@ -35,11 +35,7 @@ def bert() -> tuple[nn.Module, tuple[Tensor, ...]]:
         vocab_size=TOKENS, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=4,
         intermediate_size=4 * WIDTH, attn_implementation="eager",
     )  # fmt: skip
-    return Call(BertModel(config), ("input_ids", "attention_mask"), "last_hidden_state"), (_tokens(), _ones())
-
-
-def _ones() -> Tensor:
-    return torch.ones(2, LENGTH, dtype=torch.int64)
+    return Call(BertModel(config), ("input_ids",), "last_hidden_state"), (_tokens(),)
 
 
 def gpt2() -> tuple[nn.Module, tuple[Tensor, ...]]:
@@ -67,7 +63,10 @@ def t5() -> tuple[nn.Module, tuple[Tensor, ...]]:
     from transformers import T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(0)
-    config = T5Config(vocab_size=TOKENS, d_model=WIDTH, d_kv=32, d_ff=4 * WIDTH, num_layers=LAYERS, num_heads=4)
+    config = T5Config(
+        vocab_size=TOKENS, d_model=WIDTH, d_kv=32, d_ff=4 * WIDTH, num_layers=LAYERS, num_heads=4,
+        attn_implementation="eager",
+    )  # fmt: skip
     model = T5ForConditionalGeneration(config)
     return Call(model, ("input_ids", "decoder_input_ids"), "logits", use_cache=False), (_tokens(), _tokens(2, 9))
 
@@ -79,9 +78,8 @@ def whisper() -> tuple[nn.Module, tuple[Tensor, ...]]:
     config = WhisperConfig(
         vocab_size=TOKENS, num_mel_bins=40, encoder_layers=LAYERS, encoder_attention_heads=4, decoder_layers=LAYERS,
         decoder_attention_heads=4, encoder_ffn_dim=4 * WIDTH, decoder_ffn_dim=4 * WIDTH, d_model=WIDTH,
-        max_source_positions=64,
-        max_target_positions=128, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
-        attn_implementation="eager",
+        max_source_positions=64, max_target_positions=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        decoder_start_token_id=1, attn_implementation="eager",
     )  # fmt: skip
     model = WhisperForConditionalGeneration(config)
     inputs = (torch.randn(2, 40, 128), _tokens(2, 9))
@@ -166,21 +164,20 @@ def experts() -> tuple[nn.Module, tuple[Tensor, ...]]:
 
 
 class Recurrent(nn.Module):
-    """Tokens, an LSTM in both directions, a GRU, and scores."""
+    """Frames, an LSTM in both directions, a GRU, and scores."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(TOKENS, WIDTH)
         self.lstm = nn.LSTM(WIDTH, 96, batch_first=True, bidirectional=True)
         self.gru = nn.GRU(192, 96, batch_first=True)
         self.head = nn.Linear(96, 10)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        states, _ = self.gru(self.lstm(self.embedding(tokens))[0])
+    def forward(self, frames: Tensor) -> Tensor:
+        states, _ = self.gru(self.lstm(frames)[0])
         scores: Tensor = self.head(states[:, -1])
         return scores
 
 
 def lstm() -> tuple[nn.Module, tuple[Tensor, ...]]:
     torch.manual_seed(0)
-    return Recurrent().eval(), (_tokens(),)
+    return Recurrent().eval(), (torch.randn(2, LENGTH, WIDTH),)
