@@ -65,6 +65,19 @@ def recurrent(
     return Case(model, random(3, 4, 3, 6), w.reshape(-1, 6).T, T * (w.size + r.size), r.size)
 
 
+def reordered() -> Case:
+    """An LSTM whose gates are put in order from those of torch (input, forget, cell, output), as its exporter does."""
+    w, r, b = random(1, 20, 6) / 3, random(2, 1, 20, 5) / 3, random(4, 20)
+    body = """i = Slice(w, k0, k5, k0) o = Slice(w, k15, k20, k0) f = Slice(w, k5, k15, k0)
+        g = Concat<axis = 0>(i, o, f) u = Unsqueeze(g, k0) d = Concat<axis = 0>(b, c) e = Unsqueeze(d, k0)
+        y, h = LSTM<hidden_size = 5>(x, u, r, e)"""
+    places = {f"k{place}": np.array([place]) for place in (0, 5, 15, 20)}
+    model = parsed(
+        "(float[S, N, 6] x) => (float[S, 1, N, 5] y, float[1, N, 5] h)", body, w=w, r=r, b=b, c=b[::-1].copy(), **places
+    )
+    return Case(model, random(3, 4, 3, 6), np.concatenate([w[:5], w[15:], w[5:15]]).T, T * (w.size + r.size), r.size)
+
+
 def attention(attributes: str, widths: tuple[int, int, int], *, bias: bool = True, **more: Array) -> Case:
     """`more` are the constants that follow the bias: the mask, the past and what is added to the scores."""
     w = random(1, 6, sum(widths)) / 2
@@ -88,6 +101,7 @@ CASES = {
     "lstm": recurrent("LSTM", 4),
     "lstm both ways, no bias": recurrent("LSTM", 4, ', direction = "bidirectional"', 2, bias=False),
     "lstm, last state only": recurrent("LSTM", 4, y=False),
+    "lstm, its gates put in order": reordered(),
     "gru": recurrent("GRU", 3),
     "gru, other order": recurrent("GRU", 3, ', linear_before_reset = 1, direction = "reverse"'),
     "gru, no bias": recurrent("GRU", 3, bias=False),

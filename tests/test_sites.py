@@ -120,7 +120,10 @@ def test_the_output_is_observed_where_it_is_smaller_and_shows_the_layer_alone() 
         (X2, "y = Gemm(a, w)", {"a": random(0, 4, 6), "w": W}, "both of its operands are constant"),
         (X2, "y = Gemm<alpha = 0.0>(x, w)", {"w": W}, "alpha = 0"),
         (X2, "t = Mul(w, s) y = MatMul(x, t)", {"w": W, "s": np.float32(2).reshape(())}, "from constants by Mul"),
-        (X2, "t = Concat<axis = 1>(w, u) y = Gemm(x, t)", {"w": W[:, :2], "u": W[:, 2:]}, "from constants by Concat"),
+        (X2, "t = Concat<axis = 1>(w, s) u = Mul(t, t) y = Gemm(x, u)", {"w": W[:, :2], "s": W[:, 2:]}, "by Mul"),
+        (X2, "t = Mul(w, s) u = Concat<axis = 1>(t, s) y = Gemm(x, u)", {"w": W[:, :2], "s": W[:, :2]}, "by Mul"),
+        (X2, "e = Add(k, k) t = Slice(w, k, e) y = Gemm(x, t)", {"w": W, "k": np.array([1])}, "by Slice"),
+        (X2, "y = MatMul(x, w)", {"w": np.where(W > 1, -np.inf, W)}, "values that are not finite"),
         ("(int32[N, 6] x) => (int32[N, 5] y)", "y = MatMul(x, w)", {"w": np.ones((6, 5), np.int32)}, "type int32"),
         ("(int64[6, 6] x) => (int64[6, 5] y)", "y = Gemm(x, w)", {"w": np.ones((6, 5), np.int64)}, "type int64"),
     ],
@@ -278,6 +281,14 @@ def test_a_copy_of_another_type_is_another_weight() -> None:
     w = random(1, 5, 5)
     inventory = take_inventory(parsed("(float[N, 5] x) => (double[N, 5] y)", body, w=w, v=w.astype(np.float64)))
     assert [weight.dtype for weight in inventory.weights] == ["float32", "float64"]
+
+
+def test_a_weight_is_seen_through_what_puts_its_parts_in_order() -> None:
+    body = "a = Slice(w, k, e, k) t = Concat<axis = 0>(a, u) y = Gemm(x, t)"
+    inventory = take_inventory(parsed(X2, body, w=W[:3], u=W[1:], k=np.array([0]), e=np.array([1])))
+    weight = only_weight(inventory)
+    assert (weight.sources, weight.parameters) == (("u", "w"), W[:3].size + W[1:].size)
+    np.testing.assert_array_equal(inventory.matrix(weight), W.astype(np.float64))
 
 
 def test_a_weight_and_its_transpose_are_two_and_neither_can_go() -> None:

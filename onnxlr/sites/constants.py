@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
     from onnxlr.model_io import Model
 
-REARRANGING = frozenset({"Identity", "Cast", "Transpose", "Reshape", "Unsqueeze", "Squeeze", "Flatten"})
+REARRANGING = frozenset(
+    {"Identity", "Cast", "Transpose", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Slice", "Concat"}
+)
+"""What a weight is seen through; exporters put the gates of an LSTM in order with Slice and Concat."""
 
 QUANTIZING = frozenset({"DequantizeLinear", "DequantizeBFP", "DequantizeWithOrder", "DynamicQuantizeLinear"})
 
@@ -130,18 +133,22 @@ class GraphView:
         if tensor.name in self.sources:
             return {tensor.name}
         producer = _producer(tensor)
-        # the data of every rearranging operator is its first input; shapes and axes are shared between nodes freely
-        return set() if producer is None else self.origins(producer.inputs[0])
+        return set() if producer is None else {name for part in _data(producer) for name in self.origins(part)}
 
     def final_readers(self, source: str) -> Iterator[gs.Node | None]:
         """The nodes that use a source's values, seen through rearrangements; None where it is a graph output."""
         pending = [self.tensors[source]]
+        seen = set()
         while pending:
             tensor = pending.pop()
+            if tensor.name in seen:  # the slices of a weight meet again in one tensor
+                continue
+            seen.add(tensor.name)
             if tensor.name in self.graph_outputs:
                 yield None
             for node in tensor.outputs:
-                if node.op in REARRANGING and node.inputs[0] is tensor and self.is_constant(node.outputs[0]):
+                passed = node.op in REARRANGING and any(part is tensor for part in _data(node))
+                if passed and self.is_constant(node.outputs[0]):
                     pending.append(node.outputs[0])
                 else:
                     yield node
@@ -158,7 +165,9 @@ class GraphView:
         if producer.op in QUANTIZING and self._constant_data(producer):
             return "its weight is quantized: compress before quantizing"
         if producer.op in REARRANGING and producer.inputs:
-            return self.refusal(producer.inputs[0])
+            reasons = [self.refusal(part) for part in _data(producer) if not self.is_constant(part)]
+            if reasons:
+                return reasons[0] if all(reasons) else None
         if producer.op == "Constant":
             return "its weight is a Constant without a dense value: store it densely"
         if tensor.name in self._computed:
@@ -200,6 +209,11 @@ def _type_name(element: Any) -> str:
     """Of a numpy dtype or a TensorProto type, such as "bfloat16"."""
     dtype = onnx.helper.tensor_dtype_to_np_dtype(element) if isinstance(element, int) else np.dtype(element)
     return dtype.name
+
+
+def _data(node: gs.Node) -> list[gs.Tensor]:
+    """What a rearranging operator rearranges; shapes and axes, its other inputs, are shared between nodes freely."""
+    return list(node.inputs) if node.op == "Concat" else list(node.inputs[:1])
 
 
 def _producer(tensor: gs.Tensor) -> gs.Node | None:

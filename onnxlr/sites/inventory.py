@@ -222,9 +222,11 @@ def take_inventory(model: Model, shapes: Mapping[str, tuple[int, ...]] | None = 
             refusals.append(_refusal(node, found, view, shapes))
 
     weights = []
-    for members in _by_content(sites, nodes, view):
+    for members, finite in _by_content(sites, nodes, view):
         sources = _sources(members, view)
         reason = _shared_with_others(members, sources, nodes, view) or _unobservable(members)
+        if not finite:
+            reason = "its weight holds values that are not finite, which no product can make"
         if reason is not None:
             refusals += [_refusal(nodes[site.output], reason, view, shapes) for site in members]
             continue
@@ -284,11 +286,13 @@ def _matrix(site: Site, nodes: Mapping[str, gs.Node], view: GraphView) -> NDArra
     return FAMILIES[site.op].matrix(site, nodes[site.output], view.values(view.tensors[site.weight]))
 
 
-def _by_content(sites: list[Site], nodes: Mapping[str, gs.Node], view: GraphView) -> Iterator[list[Site]]:
-    """Groups of sites with equal `W`, in the order of their first site."""
+def _by_content(sites: list[Site], nodes: Mapping[str, gs.Node], view: GraphView) -> Iterator[tuple[list[Site], bool]]:
+    """Groups of sites with equal `W`, in the order of their first site, and whether all of `W` is finite."""
     groups: dict[tuple[tuple[int, ...], str, bytes], list[list[Site]]] = {}
+    finite = {}
     for site in sites:
         matrix = _matrix(site, nodes, view)
+        finite[site.output] = bool(np.isfinite(matrix).all())
         sample = matrix[..., :: max(1, site.d_in // 8), :: max(1, site.d_out // 8)].tobytes()
         candidates = groups.setdefault((matrix.shape, site.dtype, sample), [])
         for members in candidates:
@@ -299,7 +303,8 @@ def _by_content(sites: list[Site], nodes: Mapping[str, gs.Node], view: GraphView
             candidates.append([site])
     order = {site.output: index for index, site in enumerate(sites)}
     everything = [members for candidates in groups.values() for members in candidates]
-    yield from sorted(everything, key=lambda members: order[members[0].output])
+    for members in sorted(everything, key=lambda members: order[members[0].output]):
+        yield members, finite[members[0].output]
 
 
 def _rows(
