@@ -6,7 +6,10 @@ lower convex hulls of (cost, damage): it starts every weight at its cheapest opt
 that repairs the most damage per unit of cost, wherever in the model that is (the greedy solution of a knapsack whose
 hulls are convex is optimal up to its last step; Shoham and Gersho 1988, "Efficient bit allocation for an arbitrary set
 of quantizers"). What then is left of the budget is spent on the best steps that still fit, so that a target is met
-from below with nothing left that could be bought.
+from below with nothing left that could be bought. Where one weight is much of the model its steps are large, and small
+ones bought before may be what one of them lacks: the first that does not fit is tried at the expense of the others too,
+and the better of both is taken (which bounds the loss in a knapsack; Dantzig 1957, "Discrete-variable extremum
+problems").
 """
 
 from __future__ import annotations
@@ -135,6 +138,28 @@ def allocate(options: Mapping[str, Sequence[Option[Chosen]]], budget: float) -> 
         Even the cheapest options together cost more.
     """
     hulls = {name: lower_hull(choices) for name, choices in options.items()}
+    chosen, left, blocked = _walk(hulls, budget)
+    best = _spend(options, chosen, left)
+    if blocked is not None:
+        name, index = blocked
+        try:
+            chosen, left, _ = _walk({**hulls, name: hulls[name][index:]}, budget)
+        except BudgetTooSmall:
+            return best
+        best = min(best, _spend(options, chosen, left), key=_damage)
+    return best
+
+
+def _walk(
+    hulls: Mapping[str, Sequence[Option[Chosen]]], budget: float
+) -> tuple[dict[str, Option[Chosen]], float, tuple[str, int] | None]:
+    """The steepest steps that fit, what they leave of the budget, and the first that did not fit.
+
+    Raises
+    ------
+    BudgetTooSmall
+        Even the cheapest options together cost more.
+    """
     chosen = {name: hull[0] for name, hull in hulls.items()}
     least = sum(option.cost for option in chosen.values())
     if least > budget:
@@ -143,17 +168,23 @@ def allocate(options: Mapping[str, Sequence[Option[Chosen]]], budget: float) -> 
 
     steps = [(_slope(hull[0], hull[1]), name, 1) for name, hull in hulls.items() if len(hull) > 1]
     heapq.heapify(steps)
+    blocked = None
     while steps:
         _, name, index = heapq.heappop(steps)
         hull = hulls[name]
         price = hull[index].cost - chosen[name].cost
         if price > left:
+            blocked = blocked or (name, index)
             continue  # this weight's hull ends here; cheaper steps of others may still fit
         chosen[name] = hull[index]
         left -= price
         if index + 1 < len(hull):
             heapq.heappush(steps, (_slope(hull[index], hull[index + 1]), name, index + 1))
-    return _spend(options, chosen, left)
+    return chosen, left, blocked
+
+
+def _damage(chosen: Mapping[str, Option[object]]) -> float:
+    return sum(option.damage for option in chosen.values())
 
 
 def _spend(

@@ -136,6 +136,13 @@ def test_a_step_too_dear_for_one_weight_leaves_the_budget_to_others() -> None:
     assert {name: option.choice for name, option in allocate(options, 12).items()} == {"steep": 1, "flat": None}
 
 
+def test_small_steps_do_not_keep_a_large_one_from_what_it_is_worth() -> None:
+    # the steepest step buys 2 for 1, and the large one, which buys 10, no longer fits
+    options = {"small": [Option(1, 0, 2), Option(None, 1, 0)], "large": [Option(1, 0, 10), Option(None, 10, 0)]}
+    assert {name: option.choice for name, option in allocate(options, 10).items()} == {"small": 1, "large": None}
+    assert {name: option.choice for name, option in allocate(options, 9).items()} == {"small": None, "large": 1}
+
+
 def test_what_is_left_is_spent_off_the_hull() -> None:
     # (3, 9) lies above the chord from (1, 10) to (9, 0), yet is all that a budget of 4 can buy
     options = {"w": [Option(1, 1, 10), Option(2, 3, 9), Option(None, 9, 0)]}
