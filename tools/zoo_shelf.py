@@ -164,7 +164,7 @@ def wheel(package: str, work: Path) -> Path:
 
 
 def _filled(name: str, target: Path) -> Path:
-    """A network of the package onnx with random weights in place of constants."""
+    """A network of the package onnx with random weights in place of constants, up to its scores."""
     import onnx
     from onnx import numpy_helper
 
@@ -183,6 +183,8 @@ def _filled(name: str, target: Path) -> Path:
         if len(shape) > 1:
             values = random.standard_normal(shape, np.float32) * np.float32(2 / np.prod(shape[1:])) ** 0.5
         proto.graph.initializer.append(numpy_helper.from_array(values.astype(np.float32), node.output[0]))
+    if kept[-1].op_type == "Softmax":  # of random scores it makes zeros and a one, whatever is done to the weights
+        proto.graph.output[0].name = kept.pop().input[0]
     del proto.graph.node[:]
     proto.graph.node.extend(kept)
     partial = target.with_suffix(".writing")
