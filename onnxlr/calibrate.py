@@ -17,15 +17,16 @@ import onnx
 
 from onnxlr.data import batches, sample_count
 from onnxlr.errors import DataError, StatsError
-from onnxlr.gram import Moments, Stats
+from onnxlr.gram import Moments, OnDemand, Stats, beside
 from onnxlr.inner import bring_out, outputs_of, pieces
+from onnxlr.liveness import needed
 from onnxlr.model_io import from_proto
 from onnxlr.rows import Rows
-from onnxlr.running import RunningMoments
+from onnxlr.running import RunningMoments, packed_bytes
 from onnxlr.session import Session
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -99,24 +100,30 @@ def accumulate(
     inputs: Sequence[TensorSpec],
     config: Config,
     *,
+    keep: Callable[[Stats], Stats] = lambda stats: stats,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Stats:
     """Gather the moments that `config.objective` needs at every weight of `inventory`.
+
+    Where they take more than `config.memory` they are gathered in several passes over the samples, each through the
+    part of the graph that its tensors need.
 
     Parameters
     ----------
     model, inventory
         The model and its sites.
     samples
-        What to calibrate on, held-out samples already left out.
+        What to calibrate on, held-out samples already left out; read once a pass.
     inputs
         The model's inputs.
     config
-        Batch size, mask, rows, provider and threads are used. Where `rows` is "auto" a tensor whose moments have
-        settled (`onnxlr.running`) takes no more rows, and the pass ends when all have: give the samples in an order in
-        which any first part is a sample of all.
+        Batch size, mask, rows, memory, provider and threads are used. Where `rows` is "auto" a tensor whose moments
+        have settled (`onnxlr.running`) takes no more rows, and the pass ends when all have: give the samples in an
+        order in which any first part is a sample of all.
+    keep
+        What becomes of the moments of a pass before the next begins: they may go to a file.
     progress
-        Called with the number of samples after each batch.
+        Called with the number of samples after each batch of each pass.
 
     Raises
     ------
@@ -125,19 +132,49 @@ def accumulate(
     ModelError, InstallError
         From onnxruntime.
     """
-    wanted = probes(inventory.weights, config.objective)
-    inner, sums = _in_bodies(inventory.weights, config)
-    probed = with_outputs(model, list(dict.fromkeys(tensor for tensor, _ in wanted if tensor not in inner)))
-    for seen_as, (tensor, bodies) in inner.items():
-        bring_out(probed.proto.graph, tensor, seen_as, bodies)
-    session = Session(probed, provider=config.provider, threads=config.threads, streaming=True)
-    given = {spec.name for spec in inputs}
-    together = _added_up(inventory.weights, config.objective)
+    fingerprint = model.fingerprint()
+    passes = [
+        keep(_one_pass(model, fingerprint, inventory, together, samples, inputs, config, progress))
+        for together in in_passes(inventory.weights, config)
+    ]
+    return reduce(beside, passes)
+
+
+def in_passes(weights: Sequence[Weight], config: Config) -> list[list[list[Probe]]]:
+    """All probes, by pass and then by what is added up; each pass within `config.memory`, where one set of them is.
+
+    They stand in the order of the graph, so that early passes need little of it.
+    """
+    passes: list[list[list[Probe]]] = [[]]
+    taken = 0
+    widths = _widths(weights, config.objective)
+    for own in _added_up(weights, config.objective):
+        size = sum(packed_bytes(widths[probe]) for probe in own)
+        if config.memory is not None and passes[-1] and taken + size > config.memory:
+            passes.append([])
+            taken = 0
+        passes[-1].append(own)
+        taken += size
+    return passes
+
+
+def _one_pass(
+    model: Model,
+    fingerprint: str,
+    inventory: Inventory,
+    together: list[list[Probe]],
+    samples: Iterable[Sample],
+    inputs: Sequence[TensorSpec],
+    config: Config,
+    progress: Callable[[int], None],
+) -> Stats:
+    wanted = [probe for own in together for probe in own]
+    inner, sums = _in_bodies(inventory.weights, wanted, config)
+    session = _probing(model, wanted, inner, inputs, config)
     digest = hashlib.sha256()
     count = 0
     for feed in batches(_hashed(samples, digest), config.batch, inputs):
-        names = (name for tensor, _ in wanted for name in (outputs_of(tensor) if tensor in inner else (tensor,)))
-        fetched = [name for name in dict.fromkeys(names) if name not in given]
+        fetched = _fetched(wanted, inner, inputs)
         mask = mask_of(feed, config.mask)
         # what is not named is not there any more beside the next batch's
         _add(
@@ -158,24 +195,56 @@ def accumulate(
                 break
     if not count:
         raise DataError("there are no samples to calibrate on: one of so many is held out, so give at least two")
-    del session  # its memory is as much as the moments take once they are whole
+    by_key = {probe_key(probe): running for probe, running in sums.items()}
     return Stats(
-        model=model.fingerprint(),
+        model=fingerprint,
         data=(digest.hexdigest(),),
         samples=count,
         holdout_every=config.holdout_every,
-        moments={probe_key(probe): sums.pop(probe).moments() for probe in list(sums)},
+        moments=OnDemand(by_key, lambda key: by_key[key].moments()),
     )
 
 
+def _probing(
+    model: Model,
+    wanted: Sequence[Probe],
+    inner: Mapping[str, tuple[str, tuple[Body, ...]]],
+    inputs: Sequence[TensorSpec],
+    config: Config,
+) -> Session:
+    """A session that gives out the tensors of `wanted`, and computes nothing that they do not need."""
+    probed = with_outputs(model, list(dict.fromkeys(tensor for tensor, _ in wanted if tensor not in inner)))
+    graph = probed.proto.graph
+    for seen_as in dict.fromkeys(tensor for tensor, _ in wanted if tensor in inner):
+        tensor, bodies = inner[seen_as]
+        bring_out(graph, tensor, seen_as, bodies)
+    fetched = set(_fetched(wanted, inner, inputs))
+    if fetched:
+        outputs = [value for value in graph.output if value.name in fetched]
+        nodes = needed(graph, fetched)
+        del graph.output[:], graph.node[:]
+        graph.output.extend(outputs)
+        graph.node.extend(nodes)
+    return Session(probed, provider=config.provider, threads=config.threads, streaming=True)
+
+
+def _fetched(wanted: Sequence[Probe], inner: Container[str], inputs: Sequence[TensorSpec]) -> list[str]:
+    """The outputs of the session that `wanted` are made of; inputs of the model are there without it."""
+    given = {spec.name for spec in inputs}
+    names = (name for tensor, _ in wanted for name in (outputs_of(tensor) if tensor in inner else (tensor,)))
+    return [name for name in dict.fromkeys(names) if name not in given]
+
+
 def _in_bodies(
-    weights: Iterable[Weight], config: Config
+    weights: Iterable[Weight], wanted: Sequence[Probe], config: Config
 ) -> tuple[dict[str, tuple[str, tuple[Body, ...]]], dict[Probe, RunningMoments]]:
     """What the names of probes in bodies stand for: a tensor and its bodies; and their moments while none has run."""
     tensors, sums = {}, {}
     sites = ((weight, site) for weight in weights for site in weight.sites if site.bodies)
     for weight, site in sites:
         for probe in site_probes(weight, site, config.objective):
+            if probe not in wanted:
+                continue
             of_output = probe[0] == site.seen_as(site.output)
             tensors[probe[0]] = (site.output if of_output else site.input, site.bodies)
             width = weight.d_out if of_output else weight.d_in
@@ -219,6 +288,16 @@ def _added_up(weights: Iterable[Weight], objective: Objective) -> list[list[Prob
             own = other | own
         sets.append(own)
     return [list(own) for own in sets]
+
+
+def _widths(weights: Iterable[Weight], objective: Objective) -> dict[Probe, int]:
+    """The width of the rows of every probe."""
+    widths = {}
+    for weight in weights:
+        for site in weight.sites:
+            for probe in site_probes(weight, site, objective):
+                widths[probe] = weight.d_out if probe[0] == site.seen_as(site.output) else weight.d_in
+    return widths
 
 
 def _hashed(samples: Iterable[Sample], digest: Any) -> Iterator[Sample]:

@@ -105,6 +105,8 @@ class Config:
     rows
         "all": moments of every row of the calibration data. "auto": of samples in random order, until more would change
         little.
+    memory
+        Bytes that moments may take at a time: they are gathered in several passes where all take more. None: no limit.
     mask
         Name of the input that is nonzero where a token is real, for padded batches.
     loss
@@ -135,6 +137,7 @@ class Config:
     batch: int = 8
     holdout_every: int = 8
     rows: RowChoice = "all"
+    memory: int | None = None
     mask: str | None = None
     loss: str | None = None
     metric: str = "top1"
@@ -160,6 +163,8 @@ class Config:
             raise ConfigError(f"rounds must be at least 0, not {self.rounds}")
         if self.objective not in OBJECTIVES:
             raise ConfigError(f"unknown objective {self.objective!r}: choose one of {', '.join(OBJECTIVES)}")
+        if self.memory is not None and self.memory < 1:
+            raise ConfigError(f"memory must be at least 1 byte, not {self.memory}")
         for name in ("rank_multiple", "batch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")

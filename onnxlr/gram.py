@@ -8,18 +8,19 @@ shards, processes and machines merge into exactly those of a single pass, up to 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from onnxlr.errors import OutputError, StatsError
+from onnxlr.errors import StatsError
 from onnxlr.files import replacing
+from onnxlr.tensor_file import write_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -98,6 +99,27 @@ class Moments:
         return self.count <= self.dim
 
 
+class OnDemand(Mapping[str, Moments]):
+    """Moments that are made when they are looked at, by `make(key)`, and kept by nobody."""
+
+    def __init__(self, keys: Iterable[str], make: Callable[[str], Moments]) -> None:
+        self._keys, self._make = dict.fromkeys(keys), make
+
+    def __getitem__(self, key: str) -> Moments:
+        if key not in self._keys:
+            raise KeyError(key)
+        return self._make(key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._keys
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
 @dataclass(frozen=True, slots=True)
 class Stats:
     """All moments gathered for one model.
@@ -141,22 +163,18 @@ class Stats:
             self.data + other.data,
             self.samples + other.samples,
             self.holdout_every,
-            {key: value + other.moments[key] for key, value in self.moments.items()},
+            OnDemand(self.moments, lambda key: self.moments[key] + other.moments[key]),
             self.no_gradients or other.no_gradients,
         )
 
     def save(self, path: Path, *, force: bool = False) -> None:
-        """Write as safetensors, whole or not at all.
+        """Write as safetensors, whole or not at all, one tensor's moments in memory at a time.
 
         Raises
         ------
         OutputError
             `path` exists without `force`, or cannot be written.
         """
-        tensors: dict[str, NDArray[Any]] = {}
-        for key, value in self.moments.items():
-            tensors[f"{key}/total"] = np.ascontiguousarray(value.total)
-            tensors[f"{key}/gram"] = np.ascontiguousarray(value.gram)
         header = {
             "format": FORMAT,
             "model": self.model,
@@ -166,15 +184,16 @@ class Stats:
             "no_gradients": self.no_gradients,
             "rows": json.dumps({key: value.count for key, value in self.moments.items()}),
         }
+        shapes: dict[str, tuple[int, ...]] = {}
+        for key, value in self.moments.items():
+            shapes |= {f"{key}/total": value.total.shape, f"{key}/gram": value.gram.shape}
+        arrays = (array for value in self.moments.values() for array in (value.total, value.gram))
         with replacing(path, force=force) as temporary:
-            try:
-                save_file(tensors, temporary, metadata=header)
-            except SafetensorError as error:
-                raise OutputError(f"{path} cannot be written: {error}") from error
+            write_tensors(temporary, header, shapes, arrays)
 
     @classmethod
     def load(cls, path: Path) -> Stats:
-        """Read what `save` wrote.
+        """Open what `save` wrote; every tensor's moments are read when they are asked for, and kept by nobody.
 
         Raises
         ------
@@ -186,16 +205,15 @@ class Stats:
                 header = file.metadata() or {}
                 if header.get("format") != FORMAT:
                     raise StatsError(f"{path} is no moments file ({FORMAT}): write one with `onnxlr calibrate`")
-                moments = {
-                    key: Moments(count, file.get_tensor(f"{key}/total"), file.get_tensor(f"{key}/gram"))
-                    for key, count in json.loads(header["rows"]).items()
-                }
+                rows = json.loads(header["rows"])
+                if missing := {f"{key}/{part}" for key in rows for part in ("total", "gram")} - set(file.keys()):
+                    raise KeyError(min(missing))
                 return cls(
                     header["model"],
                     tuple(json.loads(header["data"])),
                     int(header["samples"]),
                     int(header["holdout_every"]),
-                    moments,
+                    OnDemand(rows, lambda key: _read(path, key, rows[key])),
                     header.get("no_gradients", ""),
                 )
         except FileNotFoundError:
@@ -206,3 +224,23 @@ class Stats:
             raise StatsError(
                 f"{path} is damaged, its header gives {error!r}: write it anew with `onnxlr calibrate`"
             ) from error
+
+
+def beside(a: Stats, b: Stats) -> Stats:
+    """The moments of one pass beside those of another over the same data, of other tensors."""
+    first, second = a.moments, b.moments
+    return replace(
+        a,
+        # with rows "auto" a pass ends when it has enough of them
+        data=a.data if a.samples >= b.samples else b.data,
+        samples=max(a.samples, b.samples),
+        moments=OnDemand((*first, *second), lambda key: first[key] if key in first else second[key]),
+    )
+
+
+def _read(path: Path, key: str, count: int) -> Moments:
+    try:
+        with safe_open(path, framework="np") as file:
+            return Moments(count, file.get_tensor(f"{key}/total"), file.get_tensor(f"{key}/gram"))
+    except (SafetensorError, OSError) as error:
+        raise StatsError(f"{path} cannot be read any more: {error}") from error

@@ -95,6 +95,17 @@ def prune(
     return [index for index in range(len(nodes)) if index not in gone], {name for name in uses if uses[name]}
 
 
+def needed(graph: GraphProto, names: Iterable[str]) -> list[NodeProto]:
+    """The nodes of a graph without which the tensors `names` cannot be made, in their order."""
+    wanted = set(names)
+    kept = []
+    for node in reversed(graph.node):
+        if not wanted.isdisjoint(node.output):
+            kept.append(node)
+            wanted |= reads(node)
+    return kept[::-1]
+
+
 def order(nodes: Sequence[NodeProto], fixed: Sequence[bool]) -> list[int]:
     """A topological order that moves as little as possible.
 

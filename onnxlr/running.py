@@ -46,6 +46,11 @@ ENOUGH, COMPARISONS = 8, 4
 """Independent rows a dimension that are enough, and the least number of batches that are compared to know it."""
 
 
+def packed_bytes(dim: int) -> int:
+    """What the moments of rows of width `dim` take while they come in."""
+    return 8 * (dim * (dim + 1) // 2 + dim)
+
+
 class RunningMoments:
     """The moments of one tensor over the rows so far.
 

@@ -156,11 +156,11 @@ def test_a_file_that_cannot_be_finished_leaves_the_old_one(tmp_path: Path, monke
     path = tmp_path / "moments"
     stats(0).save(path)
 
-    def interrupted(tensors: object, target: Path, metadata: object) -> None:
+    def interrupted(target: Path, *rest: object) -> None:
         target.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(gram, "save_file", interrupted)
+    monkeypatch.setattr(gram, "write_tensors", interrupted)
     with pytest.raises(KeyboardInterrupt):
         stats(1).save(path, force=True)
     assert Stats.load(path).data == ("shard-0",)
@@ -215,7 +215,7 @@ HEADER = {"format": gram.FORMAT, "model": "m", "data": "[]", "samples": "1", "ho
         ({key: value for key, value in HEADER.items() if key != "rows"}, r"damaged, its header gives KeyError\('rows'"),
         (HEADER | {"data": "["}, "damaged, its header gives JSONDecodeError"),
         (HEADER | {"samples": "many"}, "damaged, its header gives ValueError"),
-        (HEADER | {"rows": '{"input:x": 3}'}, "cannot be read as a moments file"),
+        (HEADER | {"rows": '{"input:x": 3}'}, r"damaged, its header gives KeyError\('input:x/gram'\)"),
     ],
 )
 def test_a_file_with_another_header_is_refused(tmp_path: Path, header: dict[str, str] | None, message: str) -> None:
