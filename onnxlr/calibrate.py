@@ -100,7 +100,7 @@ def accumulate(
     inputs: Sequence[TensorSpec],
     config: Config,
     *,
-    keep: Callable[[Stats], Stats] = lambda stats: stats,
+    recall: Callable[[object, Callable[[], Stats]], Stats] = lambda _, make: make(),
     progress: Callable[[int], None] = lambda _: None,
 ) -> Stats:
     """Gather the moments that `config.objective` needs at every weight of `inventory`.
@@ -120,8 +120,9 @@ def accumulate(
         Batch size, mask, rows, memory, provider and threads are used. Where `rows` is "auto" a tensor whose moments
         have settled (`onnxlr.running`) takes no more rows, and the pass ends when all have: give the samples in an
         order in which any first part is a sample of all.
-    keep
-        What becomes of the moments of a pass before the next begins: they may go to a file.
+    recall
+        Gives the moments of a pass from what they follow from and from what makes them, so that they may go to a file
+        before the next pass begins, or come from there.
     progress
         Called with the number of samples after each batch of each pass.
 
@@ -133,11 +134,16 @@ def accumulate(
         From onnxruntime.
     """
     fingerprint = model.fingerprint()
-    passes = [
-        keep(_one_pass(model, fingerprint, inventory, together, samples, inputs, config, progress))
-        for together in in_passes(inventory.weights, config)
-    ]
-    return reduce(beside, passes)
+    how = (config.objective, config.batch, config.rows, config.mask, config.holdout_every)
+
+    def gathered(together: list[list[Probe]]) -> Stats:
+        keys = sorted(probe_key(probe) for own in together for probe in own)
+        return recall(
+            (keys, *how),
+            lambda: _one_pass(model, fingerprint, inventory, together, samples, inputs, config, progress),
+        )
+
+    return reduce(beside, (gathered(together) for together in in_passes(inventory.weights, config)))
 
 
 def in_passes(weights: Sequence[Weight], config: Config) -> list[list[list[Probe]]]:
@@ -298,6 +304,14 @@ def _widths(weights: Iterable[Weight], objective: Objective) -> dict[Probe, int]
             for probe in site_probes(weight, site, objective):
                 widths[probe] = weight.d_out if probe[0] == site.seen_as(site.output) else weight.d_in
     return widths
+
+
+def data_fingerprint(samples: Iterable[Sample]) -> str:
+    """SHA-256 (hex) over samples."""
+    digest = hashlib.sha256()
+    for _ in _hashed(samples, digest):
+        pass
+    return digest.hexdigest()
 
 
 def _hashed(samples: Iterable[Sample], digest: Any) -> Iterator[Sample]:

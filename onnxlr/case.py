@@ -14,6 +14,7 @@ from onnxlr.calibrate import INSTEAD, accumulate, has_gradients
 from onnxlr.data import IMAGES_KEY, ImageOptions, batches, fixed_batch, load_labels, open_data, shuffled, split
 from onnxlr.errors import ConfigError, DataError, InstallError, ModelError, StatsError
 from onnxlr.export import export_temporarily
+from onnxlr.gram import beside
 from onnxlr.model_io import Model, check, from_proto, load
 from onnxlr.reference import find_reference
 from onnxlr.session import Session
@@ -22,17 +23,20 @@ from onnxlr.sites import take_inventory
 from onnxlr.unfold import unfold
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
 
     from onnxlr.config import Config, Tuning
     from onnxlr.data import Dataset, TensorSpec
-    from onnxlr.gram import Moments, Stats
+    from onnxlr.gram import Stats
     from onnxlr.report import Recovery
     from onnxlr.sites import Inventory, Weight
+    from onnxlr.work import Work
 
+    Recall = Callable[[str, object, Callable[[], Stats]], Stats]
+    """Gives the moments of a stage from what they follow from and from what makes them."""
     ModelLike = str | Path | Model | onnx.ModelProto
     """A path, a reference to a torch model (`onnxlr.reference`), or a model in memory."""
 
@@ -175,17 +179,20 @@ def require_loss_of_use(config: Config, labels: object) -> None:
         raise ConfigError(f"the objective {config.objective} uses no gradients: leave --loss {config.loss} out")
 
 
-def gather(case: Case, config: Config, progress: Progress, labels: NDArray[Any] | None = None) -> Stats:
+def gather(
+    case: Case, config: Config, progress: Progress, labels: NDArray[Any] | None = None, work: Work | None = None
+) -> Stats:
     """The moments that `config.objective` needs, over the calibration part of the data.
 
     `labels`, one a sample of the whole data, are for `config.loss`. For the objective "auto" the moments are those of
-    "fisher", or of "output" where there can be no gradients: then they say why.
+    "fisher", or of "output" where there can be no gradients: then they say why. With `work` they are in its files,
+    those that are there already are not gathered again.
     """
-    gradients: Mapping[str, Moments] = {}
-    no_gradients = ""
+    recall = _in_memory if work is None else work.stats
+    gradients, no_gradients = None, ""
     if config.objective in ("fisher", "auto"):
         try:
-            gradients = _gradients(case, config, progress, labels)
+            gradients = _gradients(case, config, progress, labels, recall)
         except (InstallError, ModelError) as error:
             if config.objective == "fisher":
                 raise
@@ -198,9 +205,14 @@ def gather(case: Case, config: Config, progress: Progress, labels: NDArray[Any] 
         else shuffled(case.calibration, fixed_batch(case.inputs) or config.batch),
         case.inputs,
         config,
+        recall=lambda settings, make: recall("moments", settings, make),
         progress=lambda done: progress("calibrate", done, None),
     )
-    return replace(stats, moments={**stats.moments, **gradients}, no_gradients=no_gradients)
+    return replace(stats if gradients is None else beside(stats, gradients), no_gradients=no_gradients)
+
+
+def _in_memory(stage: str, settings: object, make: Callable[[], Stats]) -> Stats:
+    return make()
 
 
 def resolve(config: Config, stats: Stats) -> tuple[Config, str]:
@@ -212,7 +224,13 @@ def resolve(config: Config, stats: Stats) -> tuple[Config, str]:
     return replace(config, objective="output"), stats.no_gradients or "the moments hold no gradients"
 
 
-def _gradients(case: Case, config: Config, progress: Progress, labels: NDArray[Any] | None) -> Mapping[str, Moments]:
+def _gradients(
+    case: Case,
+    config: Config,
+    progress: Progress,
+    labels: NDArray[Any] | None,
+    recall: Recall,
+) -> Stats:
     from onnxlr.fisher import gradient_moments  # torch is not there for every user, and missed before the work
 
     return gradient_moments(
@@ -222,6 +240,7 @@ def _gradients(case: Case, config: Config, progress: Progress, labels: NDArray[A
         case.inputs,
         config,
         labels=None if labels is None else labels[[index for index, _ in case.calibration.read()]],
+        recall=lambda settings, make: recall("gradients", settings, make),
         progress=lambda done: progress("gradients", done, None),
     )
 

@@ -14,6 +14,7 @@ then count where they change the loss, and not where the network is wrong or ind
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 # before torch itself: where that is missing, this import says what to install
@@ -26,13 +27,13 @@ import torch
 from onnxlr.calibrate import INSTEAD, gradient_keys, mask_of
 from onnxlr.data import batches, sample_count
 from onnxlr.errors import ModelError
-from onnxlr.gram import Moments
+from onnxlr.gram import Moments, Stats, beside
 from onnxlr.metrics import token_rows
 from onnxlr.precision import half_types, widened, widened_feed
 from onnxlr.task_loss import TaskLoss, scores_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from onnxlr.data import Sample, TensorSpec
     from onnxlr.model_io import Model
     from onnxlr.rows import Rows
-    from onnxlr.sites import Inventory
+    from onnxlr.sites import Inventory, Site
 
 
 def gradient_moments(
@@ -51,11 +52,13 @@ def gradient_moments(
     config: Config,
     *,
     labels: NDArray[Any] | None = None,
+    recall: Callable[[object, Callable[[], Stats]], Stats] = lambda _, make: make(),
     progress: Callable[[int], None] = lambda _: None,
-) -> dict[str, Moments]:
+) -> Stats:
     """Gradient moments [d_out, d_out] at every site of `inventory` whose output is seen, by `gradient_keys`.
 
-    With `config.loss` they are those of the loss on `labels`, one a sample.
+    With `config.loss` they are those of the loss on `labels`, one a sample. They are gathered in as many passes as
+    `config.memory` takes; `recall` is as of `onnxlr.calibrate.accumulate`.
 
     Whole-model parity of the gradient graph with onnxruntime is checked on the first batch. A site that no gradient
     reaches is left out. The GPU is used when torch has one, in bfloat16 where it has that: gradients of random probes
@@ -73,12 +76,52 @@ def gradient_moments(
     DataError
         The loss fails on the outputs and labels.
     """
+    sites = {site.output: site for weight in inventory.weights for site in weight.sites if site.output_rows}
+    fingerprint = model.fingerprint()
+    how = (config.batch, config.mask, config.loss, None if labels is None else labels.tobytes(), config.holdout_every)
+    passes = []
+    for names in _in_passes(sites, config.memory):
+        own = {name: sites[name] for name in names}
+
+        def gathered(own: dict[str, Site] = own) -> Stats:
+            moments = _one_pass(model, own, samples, inputs, config, labels, progress)
+            return Stats(fingerprint, (), 0, config.holdout_every, moments)
+
+        passes.append(recall((names, *how), gathered))
+    result = reduce(beside, passes)
+    if inventory.weights and not result.moments:
+        raise ModelError(f"no gradient reaches any weight{INSTEAD}")
+    return result
+
+
+def _in_passes(sites: Mapping[str, Site], memory: int | None) -> list[list[str]]:
+    """Their names, by pass."""
+    passes: list[list[str]] = [[]]
+    taken = 0
+    for name, site in sites.items():
+        size = 8 * site.groups * site.d_out**2
+        if memory is not None and passes[-1] and taken + size > memory:
+            passes.append([])
+            taken = 0
+        passes[-1].append(name)
+        taken += size
+    return passes
+
+
+def _one_pass(
+    model: Model,
+    sites: Mapping[str, Site],
+    samples: Iterable[Sample],
+    inputs: Sequence[TensorSpec],
+    config: Config,
+    labels: NDArray[Any] | None,
+    progress: Callable[[int], None],
+) -> dict[str, Moments]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
     half = bool(half_types(model))
     model = widened(model) if half else model
     graph = to_torch(model).to(device)
-    sites = {site.output: site for weight in inventory.weights for site in weight.sites if site.output_rows}
     nested = [name for name, site in sites.items() if site.bodies]
     flat = [name for name in sites if name not in nested]
     probed = scores_of(model, graph.outputs)
@@ -121,8 +164,6 @@ def gradient_moments(
                 sums[key] = sums[key] + moments if key in sums else moments
         progress(sample_count(feed, inputs))
         first += sample_count(feed, inputs)
-    if first and inventory.weights and not sums:
-        raise ModelError(f"no gradient reaches any weight{INSTEAD}")
     return sums
 
 

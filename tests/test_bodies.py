@@ -371,11 +371,11 @@ def test_factors_in_bodies_are_trained() -> None:
     assert recovery.error_after < recovery.error_before
 
 
-def gradient_moments(model: Model, feed: Feed) -> dict[str, Moments]:
+def gradient_moments(model: Model, feed: Feed) -> Mapping[str, Moments]:
     fisher = pytest.importorskip("onnxlr.fisher")
     inputs = Session(model, threads=1).inputs
     config = Config(batch=4, threads=1)
-    found: dict[str, Moments] = fisher.gradient_moments(model, take_inventory(model), [feed], inputs, config)
+    found: Mapping[str, Moments] = fisher.gradient_moments(model, take_inventory(model), [feed], inputs, config).moments
     return found
 
 

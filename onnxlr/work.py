@@ -1,0 +1,81 @@
+"""What a long run has finished, kept in a folder: a run that was cut off goes on where it stopped.
+
+Every result has a file of its own, named after the stage and after all that it follows from: the model, the data and
+the settings. So whoever runs the same again finds it, whoever changes the target finds the moments, and nobody finds
+what is not his. Files appear whole or not at all.
+
+A run that is not to be resumed has a folder too, a temporary one: there goes what does not fit into memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onnxlr.errors import OutputError
+from onnxlr.files import replacing
+from onnxlr.gram import Stats
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+DIGITS = 16
+
+
+class Work:
+    """Results in files.
+
+    Parameters
+    ----------
+    folder
+        Where they are.
+    source
+        What tells the model and the data from others.
+    """
+
+    def __init__(self, folder: Path, source: str) -> None:
+        self.folder, self._source = folder, source
+
+    def path(self, stage: str, settings: object, ending: str) -> Path:
+        """The file of a stage's result; `settings` are what it follows from beside model and data."""
+        digest = hashlib.sha256(f"{self._source}\0{settings}".encode()).hexdigest()
+        return self.folder / f"{stage}-{digest[:DIGITS]}{ending}"
+
+    def stats(self, stage: str, settings: object, make: Callable[[], Stats]) -> Stats:
+        """Moments, made unless there is a file of them, and read from there."""
+        path = self.path(stage, settings, ".safetensors")
+        if not path.exists():
+            make().save(path)
+        return Stats.load(path)
+
+    def values(self, stage: str, settings: object, make: Callable[[], Any]) -> Any:
+        """Plain values, likewise."""
+        path = self.path(stage, settings, ".json")
+        if not path.exists():
+            with replacing(path) as temporary:
+                temporary.write_text(json.dumps(make()))
+        return json.loads(path.read_text())
+
+
+@contextmanager
+def working(folder: Path | None, source: str) -> Iterator[Work]:
+    """The work in a folder, which is made where there is none, or in a temporary one that goes with the run.
+
+    Raises
+    ------
+    OutputError
+        The folder cannot be made.
+    """
+    if folder is None:
+        with tempfile.TemporaryDirectory(prefix="onnxlr.") as temporary:
+            yield Work(Path(temporary), source)
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"--work {folder} cannot be made: {error.strerror or error}") from error
+    yield Work(folder, source)
