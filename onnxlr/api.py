@@ -28,6 +28,7 @@ from onnxlr.config import Config, Tuning
 from onnxlr.data import load_labels, open_data
 from onnxlr.errors import ConfigError, ModelError
 from onnxlr.files import require_writable
+from onnxlr.gram import Stats
 from onnxlr.model_io import save
 from onnxlr.report.schema import plain
 from onnxlr.session import Session
@@ -35,6 +36,7 @@ from onnxlr.shapes import measure_shapes, synthetic_sample
 from onnxlr.sites import take_inventory
 from onnxlr.unfold import unfold
 from onnxlr.validate import validate as compare_models
+from onnxlr.work import working
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -43,7 +45,6 @@ if TYPE_CHECKING:
 
     from onnxlr.case import ModelLike, Progress
     from onnxlr.data import ImageOptions
-    from onnxlr.gram import Stats
     from onnxlr.report import Recovery
     from onnxlr.sites import Inventory
     from onnxlr.validate import Validation
@@ -113,13 +114,19 @@ def calibrate(
     calib: object,
     config: Config | None = None,
     *,
+    output: str | Path | None = None,
     labels: str | Path | NDArray[Any] | None = None,
     images: ImageOptions | None = None,
+    work: str | Path | None = None,
+    force: bool = False,
     progress: Progress = quiet,
 ) -> Stats:
     """Gather the second moments that `config.objective` needs, over all of `calib` but the held-out part.
 
-    `labels`, one a sample of `calib`, a file or an array, are for `config.loss`.
+    `labels`, one a sample of `calib`, a file or an array, are for `config.loss`. With `output` the moments are written
+    there, in place of an existing file where `force` is set, and read from there when they are looked at. With `work` a
+    run that was cut off goes on from the folder in which it keeps what it has finished. With `config.memory` one of the
+    two is needed.
 
     Raises
     ------
@@ -130,8 +137,19 @@ def calibrate(
     require_loss_of_use(config, labels)
     if labels is not None and config.loss is None:
         raise ConfigError("--labels without --loss: give the loss whose gradients they are for, or leave them out")
+    if config.memory is not None and output is None and work is None:
+        raise ConfigError("moments that take more than config.memory need a file: give output, or work")
+    path = None if output is None else Path(output)
+    if path is not None:
+        require_writable(path, force=force)
     case = prepare(model, calib, config, images)
-    return gather(case, config, progress, None if labels is None else load_truth(case, labels))
+    truth = None if labels is None else load_truth(case, labels)
+    with working(work, case.fingerprint) as kept:
+        stats = gather(case, config, progress, truth, None if work is None and config.memory is None else kept)
+        if path is None:
+            return stats
+        stats.save(path, force=force)
+    return Stats.load(path)
 
 
 def finetune(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import onnx
 
-from onnxlr.calibrate import INSTEAD, accumulate, has_gradients
+from onnxlr.calibrate import INSTEAD, accumulate, data_fingerprint, has_gradients
 from onnxlr.data import IMAGES_KEY, ImageOptions, batches, fixed_batch, load_labels, open_data, shuffled, split
 from onnxlr.errors import ConfigError, DataError, InstallError, ModelError, StatsError
 from onnxlr.export import export_temporarily
@@ -108,6 +108,11 @@ class Case:
     weights: Sequence[Weight]
     held_back: Mapping[str, str]
     notes: tuple[str, ...]
+
+    def fingerprint(self) -> str:
+        """What tells this model and these data from others; all data are read for it."""
+        data = [data_fingerprint(part) for part in (self.calibration, self.held_out)]
+        return " ".join((self.model.fingerprint(), *data))
 
 
 def prepare(model: ModelLike, calib: object, config: Config, images: ImageOptions | None = None) -> Case:

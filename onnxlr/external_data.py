@@ -19,6 +19,10 @@ from onnxlr.protos import tensors
 if TYPE_CHECKING:
     import os
 
+EXTERNAL_FROM = 1024
+"""Tensors of at least so many bytes go to the data file, once a model has one."""
+_PAGE, _LARGE, _SMALL_ALIGNMENT = 4096, 2**20, 64
+
 Stamp = tuple[int, int, int]
 """What tells that a file is still the same one: inode, size, time of modification."""
 
@@ -51,6 +55,11 @@ def reference(tensor: TensorProto) -> dict[str, str]:
 def stamp(status: os.stat_result) -> Stamp:
     """What to compare later, to know that a file did not change."""
     return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def aligned(offset: int, size: int) -> int:
+    """Where a tensor of `size` bytes goes that is written next: large ones begin on a page, to be mapped."""
+    return offset + -offset % (_PAGE if size >= _LARGE else _SMALL_ALIGNMENT)
 
 
 def raw_bytes(tensor: TensorProto, where: str) -> int:

@@ -23,7 +23,18 @@ from google.protobuf.message import DecodeError, EncodeError
 from onnx import TensorProto, numpy_helper
 
 from onnxlr.errors import ExternalDataError, ModelError, OutputError
-from onnxlr.external_data import PACKED_BITS, Stamp, inline_bytes, is_external, locate, raw_bytes, reference, stamp
+from onnxlr.external_data import (
+    EXTERNAL_FROM,
+    PACKED_BITS,
+    Stamp,
+    aligned,
+    inline_bytes,
+    is_external,
+    locate,
+    raw_bytes,
+    reference,
+    stamp,
+)
 from onnxlr.files import require_writable
 from onnxlr.protos import PAYLOAD, copy_around_tensors, copy_fields, tensors
 
@@ -31,11 +42,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 PROTOBUF_LIMIT = 2**31 - 1
-EXTERNAL_FROM = 1024
-"""Tensors of at least so many bytes go to the data file, once a model has one."""
 
 _CHUNK = 2**24
-_PAGE, _LARGE, _SMALL_ALIGNMENT = 4096, 2**20, 64
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -56,6 +64,11 @@ class Model:
     path: Path | None
     folder: Path
     _stamps: dict[str, Stamp] = field(repr=False)
+
+    @property
+    def external_files(self) -> tuple[str, ...]:
+        """Where its external data are, relative to `folder`."""
+        return tuple(self._stamps)
 
     @property
     def nbytes(self) -> int:
@@ -328,7 +341,7 @@ def _write_data(model: Model, path: Path) -> bytes:
             if size < EXTERNAL_FROM or source.data_type == TensorProto.STRING:
                 target.CopyFrom(model._inline(source) if is_external(source) else source)
                 return
-            stream.seek(-stream.tell() % (_PAGE if size >= _LARGE else _SMALL_ALIGNMENT), os.SEEK_CUR)
+            stream.seek(aligned(stream.tell(), size))
             copy_fields(source, target, skip=PAYLOAD)
             target.data_location = TensorProto.EXTERNAL
             for key, value in {"location": path.name, "offset": stream.tell(), "length": size}.items():

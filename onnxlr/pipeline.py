@@ -44,6 +44,7 @@ from onnxlr.targets import Chooser, by_energy
 from onnxlr.timing_cache import recalled
 from onnxlr.trial import Trial
 from onnxlr.validate import validate
+from onnxlr.work import working
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from onnxlr.report import Report
     from onnxlr.targets import Plan
     from onnxlr.validate import Validation
+    from onnxlr.work import Work
 
 SEARCH_SAMPLES = 256
 """Held-out samples that a search runs again and again; the final validation takes all of them."""
@@ -85,6 +87,7 @@ def compress(
     stats: Stats | None = None,
     tuning: Tuning | None = None,
     images: ImageOptions | None = None,
+    work: str | Path | None = None,
     force: bool = False,
     progress: Progress = quiet,
 ) -> Report:
@@ -108,6 +111,9 @@ def compress(
         Fine-tune the compressed model so (`onnxlr.finetune`); not at all when None.
     images
         How images become inputs, where `calib` is a folder of images.
+    work
+        A folder that keeps what is finished, so that the same call goes on from there after it was cut off. What does
+        not fit into memory goes there too, or to the temporary folder when None.
     force
         Replace an existing `output`.
     progress
@@ -142,17 +148,47 @@ def compress(
         case = prepare(model, calib, config, images)
         truth = None if labels is None else load_truth(case, labels)
         require_held_out(case)
+    with working(work, case.fingerprint) as kept:
+        return _compress(
+            case,
+            stats,
+            config,
+            path,
+            truth,
+            tuning,
+            kept,
+            resumable=work is not None,
+            force=force,
+            clock=clock,
+            progress=progress,
+        )
+
+
+def _compress(
+    case: Case,
+    stats: Stats | None,
+    config: Config,
+    path: Path | None,
+    truth: NDArray[np.int64] | None,
+    tuning: Tuning | None,
+    work: Work,
+    *,
+    resumable: bool,
+    force: bool,
+    clock: Clock,
+    progress: Progress,
+) -> Report:
     why = ""
     if stats is not None:
         require_same_division(require_same_model(stats, case.model), config)
     elif config.objective != "weight":
         with clock.stage("calibrate"):
-            stats = gather(case, config, progress, truth)
+            stats = gather(case, config, progress, truth, work if resumable or config.memory is not None else None)
     if stats is not None:
         config, why = resolve(config, stats)
     with clock.stage("prepare"):
         parts = parts_of(case, stats, config)
-    plan, result = _meet_target(case, parts, config, truth, clock, progress)
+    plan, result = _meet_target(case, parts, config, truth, work, clock, progress)
     recovery = None
     if tuning is not None and plan.stored:
         with clock.stage("finetune"):
@@ -184,6 +220,7 @@ def _meet_target(
     parts: Sequence[Part],
     config: Config,
     labels: NDArray[np.int64] | None,
+    work: Work,
     clock: Clock,
     progress: Progress,
 ) -> tuple[Plan, _Result]:
@@ -203,7 +240,7 @@ def _meet_target(
                     raise
                 break  # what was asked for could be planned, only not what would make up for the difference
         with clock.stage("rewrite"):
-            compressed = rewrite(case.inventory, plan.stored)
+            compressed = rewrite(case.inventory, plan.stored, work.folder)
         result = _finish(case, compressed, config, labels, clock, progress)
         validation = result.judged
         if target.kind == "max_error" and validation.error > target.value:

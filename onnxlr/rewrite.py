@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.ir.tensor import LazyValues
 
+from onnxlr.data_file import DataFile
 from onnxlr.errors import RangeError
+from onnxlr.external_data import EXTERNAL_FROM
 from onnxlr.model_io import from_proto
 from onnxlr.protos import graphs as protos
 from onnxlr.sites import FAMILIES, by_output
@@ -24,10 +27,11 @@ from onnxlr.surgery import close_graph, open_graph
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
-    from onnxlr.forms import Stored
+    from onnxlr.forms import Index, Stored, Window
     from onnxlr.model_io import Model
     from onnxlr.sites import Inventory, Site, Weight
 
@@ -105,12 +109,13 @@ def _cast(array: NDArray[Any], dtype: np.dtype[Any], site: Site) -> NDArray[Any]
     return cast
 
 
-def emit(inventory: Inventory, layouts: Iterable[SiteArrays], make: Make) -> Model:
+def emit(inventory: Inventory, layouts: Iterable[SiteArrays], make: Make, folder: Path | None = None) -> Model:
     """A copy of the model in which the sites of `layouts` are stored so, in tensors that `make(name, array)` gives.
+
+    External data are those in `folder`, or in that of the model.
 
     The last operator of a form keeps the name of the site's output tensor, and so do all other tensors.
     """
-    layouts = list(layouts)
     model = inventory.model
     graph = open_graph(model.proto)
     nodes = by_output(graph)
@@ -124,26 +129,26 @@ def emit(inventory: Inventory, layouts: Iterable[SiteArrays], make: Make) -> Mod
             made[named[0]] = make(*named)
         return made[named[0]]
 
-    narrowed = _narrow(inventory, layouts, nodes, tensor)
-    for arrays in layouts:
-        site, stored = arrays.site, arrays.stored
-        bias = None if arrays.bias is None else tensor(arrays.bias)
+    placed = [_placed(arrays, tensor) for arrays in layouts]
+    narrowed = _narrow(inventory, placed, nodes, tensor)
+    for each in placed:
+        site, bias = each.site, each.bias
         if bias is not None and site.bias is not None and site.bias.reader != site.output:
             adding = nodes[site.bias.reader]
             index = next(i for i, value in enumerate(adding.inputs) if value.name == site.bias.tensor)
             adding.inputs[index] = bias
             bias = None
-        name = f"{stored.shared or site.output}.lr_hidden"
+        name = f"{each.shared or site.output}.lr_hidden"
         while name in names:  # left by an earlier compression of the same model
             name += "_"
         parts = Parts(
-            None if arrays.first is None else tensor(arrays.first),
-            tensor(arrays.second),
+            each.first,
+            each.second,
             bias,
             hidden.get(name) or gs.Variable(name, dtype=nodes[site.output].outputs[0].dtype),
             name in hidden,
-            stored.window,
-            stored.split,
+            each.window,
+            each.split,
         )
         FAMILIES[site.op].put(scopes[site.bodies], site, nodes[site.output], parts)
         hidden[name] = parts.hidden
@@ -151,17 +156,38 @@ def emit(inventory: Inventory, layouts: Iterable[SiteArrays], make: Make) -> Mod
     for scope in protos(result.graph):
         for value in [value for value in scope.value_info if value.name in narrowed]:
             scope.value_info.remove(value)
-    return from_proto(result, model.folder)
+    return from_proto(result, folder or model.folder)
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """What `SiteArrays` holds, as tensors of the graph: the arrays themselves are gone."""
+
+    site: Site
+    first: gs.Tensor | None
+    second: gs.Tensor
+    bias: gs.Tensor | None
+    window: Window | None
+    split: tuple[int, int]
+    shared: str | None
+    inputs: Index | None
+
+
+def _placed(arrays: SiteArrays, tensor: Callable[[tuple[str, NDArray[Any]]], gs.Tensor]) -> _Placed:
+    stored = arrays.stored
+    first, bias = (None if named is None else tensor(named) for named in (arrays.first, arrays.bias))
+    second = tensor(arrays.second)
+    return _Placed(arrays.site, first, second, bias, stored.window, stored.split, stored.shared, stored.inputs)
 
 
 def _narrow(
     inventory: Inventory,
-    layouts: Iterable[SiteArrays],
+    placed: Iterable[_Placed],
     nodes: Mapping[str, gs.Node],
     tensor: Callable[[tuple[str, NDArray[Any]]], gs.Tensor],
 ) -> set[str]:
     """Narrow what acts on hidden units between layers that lost some; the tensors that are narrower now."""
-    kept = {arrays.site.input: arrays.stored.inputs for arrays in layouts if arrays.stored.inputs is not None}
+    kept = {each.site.input: each.inputs for each in placed if each.inputs is not None}
     narrowed: set[str] = set()
     weights = {weight.name: weight for weight in inventory.weights}
     view = inventory.view
@@ -183,21 +209,32 @@ def _narrow(
     return narrowed
 
 
-def rewrite(inventory: Inventory, stored: Mapping[str, Stored]) -> Model:
+def rewrite(inventory: Inventory, stored: Mapping[str, Stored], folder: Path | None = None) -> Model:
     """The compressed model: every weight named in `stored` is stored so, all else is as it was.
+
+    Where the model has external data, so has the result, in a new folder in `folder`: one weight at a time passes
+    through memory.
 
     Raises
     ------
     RangeError
         A factor overflows the weight's dtype.
+    OutputError
+        `folder` cannot be written.
     """
-    layouts = [
-        arrays
-        for weight in inventory.weights
-        if weight.name in stored
-        for arrays in lay_out(inventory, weight, stored[weight.name])
-    ]
-    return emit(inventory, layouts, gs.Constant) if layouts else inventory.model
+    weights = [weight for weight in inventory.weights if weight.name in stored]
+    layouts = (arrays for weight in weights for arrays in lay_out(inventory, weight, stored[weight.name]))
+    if not weights:
+        return inventory.model
+    if folder is None or not inventory.model.external_files:
+        return emit(inventory, layouts, gs.Constant)
+    with DataFile(inventory.model, folder) as data:
+
+        def make(name: str, array: NDArray[Any]) -> gs.Tensor:
+            small = array.nbytes < EXTERNAL_FROM
+            return gs.Constant(name, array if small else LazyValues(data.put(name, array)))
+
+        return emit(inventory, layouts, make, data.folder)
 
 
 def copies(weight: Weight) -> int:

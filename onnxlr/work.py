@@ -62,8 +62,10 @@ class Work:
 
 
 @contextmanager
-def working(folder: Path | None, source: str) -> Iterator[Work]:
+def working(folder: str | Path | None, source: Callable[[], str]) -> Iterator[Work]:
     """The work in a folder, which is made where there is none, or in a temporary one that goes with the run.
+
+    `source` gives what tells the model and the data from others; it is asked only where a folder is given.
 
     Raises
     ------
@@ -72,10 +74,10 @@ def working(folder: Path | None, source: str) -> Iterator[Work]:
     """
     if folder is None:
         with tempfile.TemporaryDirectory(prefix="onnxlr.") as temporary:
-            yield Work(Path(temporary), source)
+            yield Work(Path(temporary), "")
         return
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"--work {folder} cannot be made: {error.strerror or error}") from error
-    yield Work(folder, source)
+        raise OutputError(f"the folder {folder} cannot be made: {error.strerror or error}") from error
+    yield Work(Path(folder), source())

@@ -17,6 +17,7 @@ from onnxlr.cli.options import (
     common,
     parse_ranks,
     rank_multiple,
+    resumed,
     running,
     selecting,
     training,
@@ -115,11 +116,13 @@ def analyze(
 @click.option("--labels", type=FILE, help="Labels for --loss, one a sample of --calib: .npy, .npz, .txt or .csv.")
 @click.option("--loss", help="Gradients of a loss on --labels: cross-entropy, or module:function.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
+@resumed
 @selecting
 @running
 @common
 def calibrate(
-    model: Path, calib: str, output: Path, objective: Any, labels: Path | None, force: bool, images: ImageOptions,
+    model: Path, calib: str, output: Path, objective: Any, labels: Path | None, force: bool, work: Path | None,
+    images: ImageOptions,
     as_json: bool, quiet: bool, verbose: bool, **settings: Any,
 ) -> None:  # fmt: skip
     """Gather the moments of MODEL on data.
@@ -133,8 +136,9 @@ def calibrate(
     require_writable(output, force=force)
     config = Config(objective=objective, **settings)
     with progress_bars(quiet) as progress:
-        stats = api(model, calib, config, labels=labels, images=images, progress=progress)
-    stats.save(output, force=force)
+        stats = api(
+            model, calib, config, labels=labels, images=images, work=work, output=output, force=force, progress=progress
+        )
     resolved, why = resolve(config, stats)
     show_stats(stats, output, as_json, objective=resolved.objective, reason=why)
 
@@ -194,14 +198,15 @@ def merge(stats: Sequence[Path], output: Path, force: bool, as_json: bool, quiet
               help="Store the result in fewer bits: 8-bit weights, activations too, or half precision.")  # fmt: skip
 @click.option("--report", type=FILE, help="Write the whole report here, as JSON.")
 @click.option("--force", is_flag=True, help="Replace existing files.")
+@resumed
 @training
 @selecting
 @running
 @common
 def compress(
     model: Path, calib: str, output: Path, objective: Any, forms: str, labels: Path | None, ranks: Sequence[str],
-    stats: Path | None, finetune: bool, tuning: Tuning, report: Path | None, force: bool, images: ImageOptions,
-    as_json: bool, quiet: bool, verbose: bool, **settings: Any,
+    stats: Path | None, finetune: bool, tuning: Tuning, report: Path | None, force: bool, work: Path | None,
+    images: ImageOptions, as_json: bool, quiet: bool, verbose: bool, **settings: Any,
 ) -> None:  # fmt: skip
     """Compress MODEL, check it, and report.
 
@@ -228,7 +233,7 @@ def compress(
     with progress_bars(quiet) as progress:
         done = api(
             model, calib, config, output=output, labels=labels, stats=moments,
-            tuning=replace(tuning, loss=config.loss) if finetune else None, images=images, force=force,
+            tuning=replace(tuning, loss=config.loss) if finetune else None, images=images, work=work, force=force,
             progress=progress,
         )  # fmt: skip
     if report is not None:

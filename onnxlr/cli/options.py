@@ -18,10 +18,27 @@ if TYPE_CHECKING:
 FILE = click.Path(path_type=Path)
 SHARE = click.FloatRange(0, 1, min_open=True)
 POSITIVE = click.IntRange(min=1)
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 DATA = (
     "a folder of .npz, .npy, images or test_data_set_*, or a file: .npz, .npy, .json (Polygraphy inputs), "
     ".py (a script with load_data())."
 )
+
+
+class Bytes(click.ParamType):  # type: ignore[type-arg]
+    """A number of bytes, such as 500M or 2.5G."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        number, unit = (value[:-1], value[-1].upper()) if value[-1:].isalpha() else (value, "")
+        try:
+            size = int(float(number) * UNITS[unit])
+        except (ValueError, KeyError, OverflowError):
+            size = 0
+        if size < 1:
+            self.fail(f"{value!r} is no size in memory: give bytes, or a number with K, M, G or T, such as 2G")
+        return size
 
 
 def common(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -92,6 +109,19 @@ def selecting(command: Callable[..., Any]) -> Callable[..., Any]:
                   help="One sample of so many is held out for validation, never calibrated on.")  # fmt: skip
     @click.option("--rows", default="all", type=click.Choice(ROWS),
                   help="Moments of every row of the data, or until more rows would change little.")  # fmt: skip
+    @click.option("--memory", type=Bytes(),
+                  help="Most that moments may take, such as 4G; the data are read again for more.")  # fmt: skip
+    @wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return command(*args, **kwargs)
+
+    return wrapped
+
+
+def resumed(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Where a run keeps what it has finished."""
+
+    @click.option("--work", type=FILE, help="Keep what is finished in this folder; the same command resumes there.")
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         return command(*args, **kwargs)
