@@ -240,7 +240,7 @@ def _meet_target(
                     raise
                 break  # what was asked for could be planned, only not what would make up for the difference
         with clock.stage("rewrite"):
-            compressed = rewrite(case.inventory, plan.stored, work.folder)
+            compressed = rewrite(case.inventory, plan.stored, work.folder if case.model.external_files else None)
         result = _finish(case, compressed, config, labels, clock, progress)
         validation = result.judged
         if target.kind == "max_error" and validation.error > target.value:

@@ -212,8 +212,7 @@ def _narrow(
 def rewrite(inventory: Inventory, stored: Mapping[str, Stored], folder: Path | None = None) -> Model:
     """The compressed model: every weight named in `stored` is stored so, all else is as it was.
 
-    Where the model has external data, so has the result, in a new folder in `folder`: one weight at a time passes
-    through memory.
+    With `folder` its weights are external data in a new folder there, and one at a time passes through memory.
 
     Raises
     ------
@@ -226,7 +225,7 @@ def rewrite(inventory: Inventory, stored: Mapping[str, Stored], folder: Path | N
     layouts = (arrays for weight in weights for arrays in lay_out(inventory, weight, stored[weight.name]))
     if not weights:
         return inventory.model
-    if folder is None or not inventory.model.external_files:
+    if folder is None:
         return emit(inventory, layouts, gs.Constant)
     with DataFile(inventory.model, folder) as data:
 

@@ -36,9 +36,12 @@ def measure_shapes(model: Model, sample: Sample, *, provider: str = "cpu") -> di
         The model cannot run on `sample`.
     """
     nodes = [node for node in model.proto.graph.node if node.op_type in MEASURED]
-    tensors = list(dict.fromkeys(name for node in nodes for name in (*node.input, *node.output) if name))
+    read = dict.fromkeys(name for node in nodes for name in (*node.input, *node.output) if name)
+    stored = {tensor.name: tuple(tensor.dims) for tensor in model.proto.graph.initializer if tensor.name in read}
+    # a session that gives out shapes of weights keeps a second copy of them all
+    tensors = [name for name in read if name not in stored]
     if not tensors:
-        return {}
+        return stored
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
     names = {tensor: f"onnxlr.shape/{index}" for index, tensor in enumerate(tensors)}
@@ -48,7 +51,7 @@ def measure_shapes(model: Model, sample: Sample, *, provider: str = "cpu") -> di
         proto.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, None))
     probed = from_proto(proto, model.folder)
     found = Session(probed, provider=provider, streaming=True, optimize=False).run(sample)
-    return {tensor: tuple(int(length) for length in found[name]) for tensor, name in names.items()}
+    return stored | {tensor: tuple(int(length) for length in found[name]) for tensor, name in names.items()}
 
 
 def synthetic_sample(inputs: Sequence[TensorSpec], batch: int = 1) -> Feed:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,13 +32,36 @@ class Work:
     Parameters
     ----------
     folder
-        Where they are.
+        Where they are; a temporary folder, made when it is needed first, when None.
     source
         What tells the model and the data from others.
     """
 
-    def __init__(self, folder: Path, source: str) -> None:
-        self.folder, self._source = folder, source
+    def __init__(self, folder: Path | None, source: str) -> None:
+        self._folder, self._source = folder, source
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where results go.
+
+        Raises
+        ------
+        OutputError
+            The temporary folder cannot be made.
+        """
+        if self._folder is None:
+            try:
+                self._temporary = tempfile.TemporaryDirectory(prefix="onnxlr.")
+            except OSError as error:
+                raise OutputError(f"the temporary folder cannot be made: {error.strerror or error}") from error
+            self._folder = Path(self._temporary.name)
+        return self._folder
+
+    def close(self) -> None:
+        """Remove the temporary folder."""
+        if self._temporary is not None:
+            self._temporary.cleanup()
 
     def path(self, stage: str, settings: object, ending: str) -> Path:
         """The file of a stage's result; `settings` are what it follows from beside model and data."""
@@ -73,8 +96,8 @@ def working(folder: str | Path | None, source: Callable[[], str]) -> Iterator[Wo
         The folder cannot be made.
     """
     if folder is None:
-        with tempfile.TemporaryDirectory(prefix="onnxlr.") as temporary:
-            yield Work(Path(temporary), "")
+        with closing(Work(None, "")) as temporary:
+            yield temporary
         return
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
