@@ -109,10 +109,21 @@ def _cast(array: NDArray[Any], dtype: np.dtype[Any], site: Site) -> NDArray[Any]
     return cast
 
 
-def emit(inventory: Inventory, layouts: Iterable[SiteArrays], make: Make, folder: Path | None = None) -> Model:
+def put_in_place(graph: gs.Graph, site: Site, node: gs.Node, parts: Parts) -> None:
+    """Write the form that `parts` make up into `graph`, in the place of the `node` of `site`."""
+    FAMILIES[site.op].put(graph, site, node, parts)
+
+
+def emit(
+    inventory: Inventory,
+    layouts: Iterable[SiteArrays],
+    make: Make,
+    folder: Path | None = None,
+    put: Callable[[gs.Graph, Site, gs.Node, Parts], None] = put_in_place,
+) -> Model:
     """A copy of the model in which the sites of `layouts` are stored so, in tensors that `make(name, array)` gives.
 
-    External data are those in `folder`, or in that of the model.
+    External data are those in `folder`, or in that of the model. `put` writes what takes the place of a site's node.
 
     The last operator of a form keeps the name of the site's output tensor, and so do all other tensors.
     """
@@ -150,7 +161,7 @@ def emit(inventory: Inventory, layouts: Iterable[SiteArrays], make: Make, folder
             each.window,
             each.split,
         )
-        FAMILIES[site.op].put(scopes[site.bodies], site, nodes[site.output], parts)
+        put(scopes[site.bodies], site, nodes[site.output], parts)
         hidden[name] = parts.hidden
     result = close_graph(graph, model.proto)
     for scope in protos(result.graph):

@@ -1,13 +1,14 @@
 """Trying many ranks on one graph.
 
-Every weight that takes part becomes a pair whose factors are inputs of the graph, of a rank that is free. One session
-then runs any plan: dense weights are fed as `W I`. That makes the search for a target cheap (no rewriting, no loading),
-and it measures what each weight's cut does to the model's output, one weight at a time.
+Every operator whose weight takes part goes into an If: one branch is the operator as it is, the other a pair whose
+factors are inputs of the graph, of a rank that is free. One session then runs any plan, and nothing but what the plan
+takes. That makes the search for a target cheap (no rewriting, no loading), and it measures what each weight's cut does
+to the model's output, one weight at a time, at the price of the dense model.
 """
 
 from __future__ import annotations
 
-import math
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from onnxlr.data import batches, sample_count
 from onnxlr.errors import RangeError
 from onnxlr.forms import Stored
 from onnxlr.metrics import MeanMetric, load_metric, relative_error
-from onnxlr.rewrite import emit, lay_out
+from onnxlr.rewrite import emit, lay_out, put_in_place
 from onnxlr.session import Session
 from onnxlr.validate import compare
 
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
     from onnxlr.factorize import Factors
     from onnxlr.model_io import Model
     from onnxlr.rewrite import SiteArrays
-    from onnxlr.sites import Inventory, Weight
+    from onnxlr.sites import Inventory, Site, Weight
+    from onnxlr.sites.emit import Parts
 
     Outputs = Mapping[str, NDArray[Any]]
     Observed = Sequence[tuple[Feed, Outputs, NDArray[Any] | None]]
@@ -73,11 +75,11 @@ class Trial:
         self._inventory, self._weights, self._inputs = inventory, weights, inputs
         self._batch, self._mask, self._metric = config.batch, config.mask, config.metric
         self._corrected = corrected
-        self._reference = Session(inventory.model, provider=config.provider, threads=config.threads)
-        dense = {w.name: lay_out(inventory, w, _dense(inventory.matrix(w), corrected)) for w in weights}
-        free = self._with_free_ranks([arrays for layouts in dense.values() for arrays in layouts])
+        self._switches = {site.output: f"{weight.name}.lr_cut" for weight in weights for site in weight.sites}
+        pairs = {weight.name: lay_out(inventory, weight, _no_pair(weight, corrected)) for weight in weights}
+        free = self._with_free_ranks([arrays for layouts in pairs.values() for arrays in layouts])
         self._session = Session(free, provider=config.provider, threads=config.threads)
-        self._dense = {name: _named(layouts) for name, layouts in dense.items()}
+        self._dense = {name: _named(layouts) for name, layouts in pairs.items()}
 
     def _with_free_ranks(self, layouts: Sequence[SiteArrays]) -> Model:
         free: dict[str, NDArray[Any]] = {}
@@ -86,12 +88,32 @@ class Trial:
             free[name] = array
             return gs.Variable(name, dtype=array.dtype)
 
-        model = emit(self._inventory, layouts, make)
+        model = emit(self._inventory, layouts, make, put=self._put)
+        inputs = model.proto.graph.input
         for name, array in free.items():
             element = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
             axes = [f"{name}.{axis}" for axis in range(array.ndim)]
-            model.proto.graph.input.append(onnx.helper.make_tensor_value_info(name, element, axes))
+            inputs.append(onnx.helper.make_tensor_value_info(name, element, axes))
+        for name in dict.fromkeys(self._switches.values()):
+            inputs.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.BOOL, []))
         return model
+
+    def _put(self, graph: gs.Graph, site: Site, node: gs.Node, parts: Parts) -> None:
+        """`node` and the pair of `parts` as the two branches of an If, which gives out what the node did."""
+        outputs = list(node.outputs)
+        dense, pair = ([_named_after(output, branch) for output in outputs] for branch in ("dense", "pair"))
+        as_it_is = gs.Node(node.op, node.name, dict(node.attrs), list(node.inputs), dense, domain=node.domain)
+        node.outputs = pair
+        graph.nodes.remove(node)
+        cut, whole = (
+            gs.Graph([own], outputs=[tensor for tensor in own.outputs if tensor.name], name=f"{site.output}/{branch}")
+            for own, branch in ((node, "pair"), (as_it_is, "dense"))
+        )
+        put_in_place(cut, site, node, parts)
+        condition = gs.Variable(self._switches[site.output], dtype=np.bool_)
+        branches = {"then_branch": cut, "else_branch": whole}
+        chosen = [tensor for tensor in outputs if tensor.name]
+        graph.nodes.append(gs.Node("If", f"{site.output}/choice", branches, [condition], chosen))
 
     def observe(self, samples: Iterable[Sample], labels: NDArray[Any] | None = None) -> Observed:
         """Run the dense model on `samples`, to compare plans with; `labels`, one a sample, are for `metric`."""
@@ -100,19 +122,24 @@ class Trial:
         for feed in batches(samples, self._batch, self._inputs):
             rows = sample_count(feed, self._inputs)
             own = None if labels is None else labels[first : first + rows]
-            observed.append((feed, self._reference.run(feed), own))
+            observed.append((feed, self._session.run({**feed, **self._given({})}), own))
             first += rows
         return observed
 
-    def _outputs(self, factors: Mapping[str, Factors], observed: Observed) -> Iterator[Outputs]:
+    def _given(self, factors: Mapping[str, Factors]) -> dict[str, NDArray[Any]]:
         arrays: dict[str, NDArray[Any]] = {}
         for weight in self._weights:
             cut = factors.get(weight.name)
+            arrays[f"{weight.name}.lr_cut"] = np.array(cut is not None)
             if cut is None:
                 arrays |= self._dense[weight.name]
             else:
                 bias = np.zeros(weight.groups * weight.d_out) if self._corrected and cut.bias is None else cut.bias
                 arrays |= _named(lay_out(self._inventory, weight, Stored(cut.first, cut.second, bias)))
+        return arrays
+
+    def _outputs(self, factors: Mapping[str, Factors], observed: Observed) -> Iterator[Outputs]:
+        arrays = self._given(factors)
         for feed, _, _ in observed:
             yield self._session.run({**feed, **arrays})
 
@@ -128,7 +155,7 @@ class Trial:
         try:
             return relative_error(compare(runs, mask=self._mask))
         except RangeError:
-            return math.inf
+            return inf
 
     def metric(self, factors: Mapping[str, Factors], observed: Observed) -> float:
         """The task metric with the weights in `factors` cut, on samples observed with their labels."""
@@ -144,8 +171,12 @@ def _named(layouts: Iterable[SiteArrays]) -> dict[str, NDArray[Any]]:
     return dict(pair for arrays in layouts for pair in (arrays.first, arrays.second, arrays.bias) if pair is not None)
 
 
-def _dense(matrix: NDArray[np.float64], corrected: bool) -> Stored:
-    *groups, d_in, d_out = matrix.shape
-    bias = np.zeros(math.prod(groups) * d_out) if corrected else None
-    same = np.broadcast_to(np.eye(min(d_in, d_out)), (*groups, min(d_in, d_out), min(d_in, d_out)))
-    return Stored(matrix, same, bias) if d_out <= d_in else Stored(same, matrix, bias)
+def _named_after(output: gs.Tensor, branch: str) -> gs.Tensor:
+    return gs.Variable(f"{output.name}/{branch}", dtype=output.dtype) if output.name else output
+
+
+def _no_pair(weight: Weight, corrected: bool) -> Stored:
+    """The least to feed for a pair that is not run; its bias counts where an Add behind the operator reads it."""
+    groups = (weight.groups,) if weight.groups > 1 else ()
+    bias = np.zeros(weight.groups * weight.d_out) if corrected else None
+    return Stored(np.zeros((*groups, weight.d_in, 1)), np.zeros((*groups, 1, weight.d_out)), bias)
