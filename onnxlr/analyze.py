@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from onnxlr.calibrate import weight_moments, without_rows
 from onnxlr.case import gather, prepare, quiet, require_same_model
 from onnxlr.config import Config
 from onnxlr.errors import ConfigError
+from onnxlr.probes import weight_moments, without_rows
 from onnxlr.spectrum import Utilization, eigen, output_spectrum, utilization
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def analyze(
     for weight in case.weights:
         matrices = case.inventory.matrix(weight).reshape(-1, weight.d_in, weight.d_out)
         moments_of_groups = weight_moments(stats, case.inventory, weight, "utilized")
-        if why := without_rows(weight, moments_of_groups):
+        if why := without_rows(weight, min((own.count for own in moments_of_groups), default=0)):
             notes.append(f"{weight.name} is left out: {why}")
             continue
         for group, moments in enumerate(moments_of_groups):

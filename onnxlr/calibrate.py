@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import hashlib
 from functools import reduce
-from operator import add
 from typing import TYPE_CHECKING, Any
 
 import onnx
 
 from onnxlr.data import batches, sample_count
-from onnxlr.errors import DataError, StatsError
-from onnxlr.gram import Moments, OnDemand, Stats, beside
+from onnxlr.errors import DataError
+from onnxlr.gram import OnDemand, Stats, beside
 from onnxlr.inner import bring_out, outputs_of, pieces
 from onnxlr.liveness import needed
 from onnxlr.model_io import from_proto
-from onnxlr.rows import Rows
+from onnxlr.probes import Probe, probe_key, site_probes
 from onnxlr.running import RunningMoments, packed_bytes
 from onnxlr.session import Session
 
@@ -33,40 +32,11 @@ if TYPE_CHECKING:
     from onnxlr.config import Config, Objective
     from onnxlr.data import Feed, Sample, TensorSpec
     from onnxlr.model_io import Model
-    from onnxlr.sites import Inventory, Site, Weight
+    from onnxlr.sites import Inventory, Weight
     from onnxlr.sites.bodies import Body
 
-Probe = tuple[str, Rows]
-"""A tensor, by the name that its site sees it as, and how a layer's rows lie in it."""
-UNSEEN = 0.1
-"""The share of a table's moments that all its rows have alike, gathered or not.
-
-Calibration never gathers most rows of a table, and a cut made for the others alone ruins them: later positions of a
-longer text, rarer words. As in the smoothing of counts, every row is taken to come now and then.
-"""
 INSTEAD = ": use --objective output"
 """Ends messages of why there are no gradients."""
-
-
-def probe_key(probe: Probe) -> str:
-    """The name of a probe's moments in a `Stats`."""
-    tensor, rows = probe
-    return tensor + rows.key
-
-
-def site_probes(weight: Weight, site: Site, objective: Objective) -> list[Probe]:
-    """What has to be observed at a site for an objective, one a group; nothing where no data are needed or seen."""
-    if objective == "weight" or site.unseen:
-        return []
-    if objective != "utilized" and weight.observes_output:
-        return [(site.seen_as(site.output), rows) for rows in site.output_rows]
-    return [(site.seen_as(site.input), rows) for rows in site.input_rows]
-
-
-def probes(weights: Iterable[Weight], objective: Objective) -> list[Probe]:
-    """All distinct tensors to observe for `weights`."""
-    sites = ((weight, site) for weight in weights for site in weight.sites)
-    return list(dict.fromkeys(probe for weight, site in sites for probe in site_probes(weight, site, objective)))
 
 
 def with_outputs(model: Model, tensors: Sequence[str]) -> Model:
@@ -207,7 +177,9 @@ def _one_pass(
         data=(digest.hexdigest(),),
         samples=count,
         holdout_every=config.holdout_every,
-        moments=OnDemand(by_key, lambda key: by_key[key].moments()),
+        moments=OnDemand(
+            {key: (running.count, running.dim) for key, running in by_key.items()}, lambda key: by_key[key].moments()
+        ),
     )
 
 
@@ -322,79 +294,5 @@ def _hashed(samples: Iterable[Sample], digest: Any) -> Iterator[Sample]:
         yield sample
 
 
-GRADIENT = ":gradient"
-
-
-def gradient_keys(site: Site) -> list[str]:
-    """The names, in a `Stats`, of the gradient moments at a site's output, one a group; none where it is not seen."""
-    if site.groups == 1:
-        return [site.output + GRADIENT for _ in site.output_rows]
-    return [probe_key((site.output, rows)) + GRADIENT for rows in site.output_rows]
-
-
-def has_gradients(stats: Stats) -> bool:
-    """Whether there are gradient moments of any site."""
-    return any(key.endswith(GRADIENT) for key in stats.moments)
-
-
-def weight_gradients(stats: Stats, weight: Weight) -> list[Moments] | None:
-    """The gradient moments of one weight, of each group: those of all its sites added up.
-
-    None where no gradient reached one of them.
-
-    Raises
-    ------
-    StatsError
-        `stats` has no gradient moments at all.
-    """
-    if not has_gradients(stats):
-        raise StatsError("these moments hold no gradients: gather them with `onnxlr calibrate --objective fisher`")
-    keys = [gradient_keys(site) for site in weight.sites]
-    if any(len(own) < weight.groups or not stats.moments.keys() >= set(own) for own in keys):
-        return None
-    return [reduce(add, (stats.moments[key] for key in own)) for own in zip(*keys, strict=True)]
-
-
 def _bytes_of(array: NDArray[Any]) -> bytes:
     return "\0".join(map(str, array.ravel())).encode() if array.dtype.kind in "OUS" else array.tobytes()
-
-
-def weight_moments(stats: Stats, inventory: Inventory, weight: Weight, objective: Objective) -> list[Moments]:
-    """The moments of one weight, of each group: those of all its sites added up.
-
-    Where the output is observed, a bias that the operator itself adds is taken off, so that they are those of `x W`.
-    A share `UNSEEN` of those of a table is that of all its rows.
-    There are none where no site can be observed; they are of no rows where bodies of If, Loop or Scan never ran.
-
-    Raises
-    ------
-    StatsError
-        `stats` lacks them.
-    """
-    by_site = []
-    for site in weight.sites:
-        found = []
-        for group, probe in enumerate(site_probes(weight, site, objective)):
-            key = probe_key(probe)
-            if key not in stats.moments:
-                raise StatsError(
-                    f"the moments lack tensor {key!r}, which objective {objective!r} needs at {site.name!r}: "
-                    f"gather them with `onnxlr calibrate --objective {objective}`"
-                )
-            moments, bias = stats.moments[key], inventory.own_bias(site)
-            if probe[0] == site.seen_as(site.output) and bias is not None:
-                moments = moments.shifted(-bias[group * site.d_out : (group + 1) * site.d_out])
-            if not site.input_rows:
-                moments = moments.mixed(Moments.of(inventory.matrix(weight)), UNSEEN)
-            found.append(moments)
-        if found:
-            by_site.append(found)
-    return [reduce(add, own) for own in zip(*by_site, strict=True)]
-
-
-def without_rows(weight: Weight, moments: Sequence[Moments]) -> str:
-    """Why no data were seen of a weight whose moments are `moments`; "" where some were."""
-    site = weight.sites[0]
-    if not site.bodies or (moments and moments[0].count):
-        return ""
-    return site.unseen or f"calibration never ran {site.bodies[-1]}"

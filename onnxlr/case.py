@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import onnx
 
-from onnxlr.calibrate import INSTEAD, accumulate, data_fingerprint, has_gradients
+from onnxlr.calibrate import INSTEAD, accumulate, data_fingerprint
 from onnxlr.data import IMAGES_KEY, ImageOptions, batches, fixed_batch, load_labels, open_data, shuffled, split
 from onnxlr.errors import ConfigError, DataError, InstallError, ModelError, StatsError
 from onnxlr.export import export_temporarily
 from onnxlr.gram import beside
 from onnxlr.model_io import Model, check, from_proto, load
+from onnxlr.probes import has_gradients
 from onnxlr.reference import find_reference
 from onnxlr.session import Session
 from onnxlr.shapes import measure_shapes

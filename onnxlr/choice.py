@@ -12,6 +12,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from onnxlr.forms import Stored
+from onnxlr.layer import Unread
+from onnxlr.recent import decomposed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from onnxlr.factorize import Decomposition, Factors
     from onnxlr.forms import Products, Side
     from onnxlr.layer import Layer
+    from onnxlr.recent import Recent
     from onnxlr.sites import Weight
 
     Index = NDArray[np.intp]
@@ -138,7 +141,7 @@ class Part:
 
     Attributes
     ----------
-    weight, layer
+    weight, source
         What it is, and how its objective sees it.
     fixed
         The rank that is demanded, if any.
@@ -148,15 +151,33 @@ class Part:
         Goes before the reason for its form in the report.
     narrowing
         Set where it stands for less than the whole weight.
+    memory
+        Where its decomposition is kept as long as there is room; None: always.
     """
 
     weight: Weight
-    layer: Layer
+    source: Layer | Unread
     fixed: int | None = None
     rows: int | None = None
     dim: int = 0
     note: str = ""
     narrowing: Narrowing | None = None
+    memory: Recent | None = None
+
+    @property
+    def layer(self) -> Layer:
+        """How its objective sees it; where that is not in memory it is read."""
+        return self.source.read() if isinstance(self.source, Unread) else self.source
+
+    @property
+    def d_in(self) -> int:
+        """Width of the input that is left."""
+        return self.source.d_in
+
+    @property
+    def d_out(self) -> int:
+        """Width of the output that is left."""
+        return self.source.d_out
 
     @property
     def name(self) -> str:
@@ -175,7 +196,7 @@ class Part:
     @cached_property
     def decomposition(self) -> Decomposition:
         """Made when it is needed first."""
-        return self.layer.decompose()
+        return decomposed(lambda: self.layer.decompose(), self.memory)
 
     def pair(self, rank: int) -> Stored:
         """Its two factors."""

@@ -24,12 +24,13 @@ from onnxlr.torch_graph import check_parity, to_tensor, to_torch
 import numpy as np
 import torch
 
-from onnxlr.calibrate import INSTEAD, gradient_keys, mask_of
+from onnxlr.calibrate import INSTEAD, mask_of
 from onnxlr.data import batches, sample_count
 from onnxlr.errors import ModelError
 from onnxlr.gram import Moments, Stats, beside
 from onnxlr.metrics import token_rows
 from onnxlr.precision import half_types, widened, widened_feed
+from onnxlr.probes import gradient_keys
 from onnxlr.task_loss import TaskLoss, scores_of
 
 if TYPE_CHECKING:

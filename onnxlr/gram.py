@@ -8,7 +8,7 @@ shards, processes and machines merge into exactly those of a single pass, up to 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FORMAT = "onnxlr-moments/1"
+
+Size = tuple[int, int]
+"""Rows, and their width."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,24 +103,27 @@ class Moments:
 
 
 class OnDemand(Mapping[str, Moments]):
-    """Moments that are made when they are looked at, by `make(key)`, and kept by nobody."""
+    """Moments that are made when they are looked at, by `make(key)`, and kept by nobody.
 
-    def __init__(self, keys: Iterable[str], make: Callable[[str], Moments]) -> None:
-        self._keys, self._make = dict.fromkeys(keys), make
+    `sizes` are the number and the width of their rows, by key, which are known without making them.
+    """
+
+    def __init__(self, sizes: Mapping[str, Size], make: Callable[[str], Moments]) -> None:
+        self.sizes, self._make = sizes, make
 
     def __getitem__(self, key: str) -> Moments:
-        if key not in self._keys:
+        if key not in self.sizes:
             raise KeyError(key)
         return self._make(key)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._keys
+        return key in self.sizes
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
+        return iter(self.sizes)
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self.sizes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +153,13 @@ class Stats:
     moments: Mapping[str, Moments] = field(repr=False)
     no_gradients: str = ""
 
+    @property
+    def sizes(self) -> Mapping[str, Size]:
+        """How many rows there are of every tensor, and how wide they are."""
+        if isinstance(self.moments, OnDemand):
+            return self.moments.sizes
+        return {key: (value.count, value.dim) for key, value in self.moments.items()}
+
     def __add__(self, other: Stats) -> Stats:
         if self.model != other.model:
             raise StatsError(f"moments of different models do not add: {self.model[:12]} and {other.model[:12]}")
@@ -163,7 +176,10 @@ class Stats:
             self.data + other.data,
             self.samples + other.samples,
             self.holdout_every,
-            OnDemand(self.moments, lambda key: self.moments[key] + other.moments[key]),
+            OnDemand(
+                {key: (rows + other.sizes[key][0], dim) for key, (rows, dim) in self.sizes.items()},
+                lambda key: self.moments[key] + other.moments[key],
+            ),
             self.no_gradients or other.no_gradients,
         )
 
@@ -182,11 +198,11 @@ class Stats:
             "samples": str(self.samples),
             "holdout_every": str(self.holdout_every),
             "no_gradients": self.no_gradients,
-            "rows": json.dumps({key: value.count for key, value in self.moments.items()}),
+            "rows": json.dumps({key: rows for key, (rows, _) in self.sizes.items()}),
         }
         shapes: dict[str, tuple[int, ...]] = {}
-        for key, value in self.moments.items():
-            shapes |= {f"{key}/total": value.total.shape, f"{key}/gram": value.gram.shape}
+        for key, (_, dim) in self.sizes.items():
+            shapes |= {f"{key}/total": (dim,), f"{key}/gram": (dim, dim)}
         arrays = (array for value in self.moments.values() for array in (value.total, value.gram))
         with replacing(path, force=force) as temporary:
             write_tensors(temporary, header, shapes, arrays)
@@ -205,15 +221,16 @@ class Stats:
                 header = file.metadata() or {}
                 if header.get("format") != FORMAT:
                     raise StatsError(f"{path} is no moments file ({FORMAT}): write one with `onnxlr calibrate`")
-                rows = json.loads(header["rows"])
-                if missing := {f"{key}/{part}" for key in rows for part in ("total", "gram")} - set(file.keys()):
-                    raise KeyError(min(missing))
+                sizes = {
+                    key: (rows, int(file.get_slice(f"{key}/gram").get_shape()[0]))
+                    for key, rows in json.loads(header["rows"]).items()
+                }
                 return cls(
                     header["model"],
                     tuple(json.loads(header["data"])),
                     int(header["samples"]),
                     int(header["holdout_every"]),
-                    OnDemand(rows, lambda key: _read(path, key, rows[key])),
+                    OnDemand(sizes, lambda key: _read(path, key, sizes[key][0])),
                     header.get("no_gradients", ""),
                 )
         except FileNotFoundError:
@@ -234,7 +251,7 @@ def beside(a: Stats, b: Stats) -> Stats:
         # with rows "auto" a pass ends when it has enough of them
         data=a.data if a.samples >= b.samples else b.data,
         samples=max(a.samples, b.samples),
-        moments=OnDemand((*first, *second), lambda key: first[key] if key in first else second[key]),
+        moments=OnDemand({**a.sizes, **b.sizes}, lambda key: first[key] if key in first else second[key]),
     )
 
 

@@ -12,7 +12,7 @@ A group's options are choices with a cost and a predicted damage: the squared re
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
@@ -41,10 +41,11 @@ from onnxlr.forms import (
     holds,
     pair_products,
 )
-from onnxlr.layer import stacked
+from onnxlr.layer import Unread, stacked
 from onnxlr.order import blocks_among_units
 from onnxlr.plan import Option, joined
-from onnxlr.width import Elimination
+from onnxlr.recent import decomposed
+from onnxlr.width import Elimination, stand_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -52,7 +53,8 @@ if TYPE_CHECKING:
     from onnxlr.choice import Terms
     from onnxlr.config import Config
     from onnxlr.factorize import Decomposition
-    from onnxlr.forms import Side
+    from onnxlr.forms import Index, Side
+    from onnxlr.layer import Layer
     from onnxlr.sites import Inventory
 
 NARROWED = (0.75, 0.5, 0.25)
@@ -86,15 +88,15 @@ class Single:
         return [self._dense(terms), *self._pairs(terms), *self._blocks(terms)]
 
     def _dense(self, terms: Terms) -> Option[Choice]:
-        part, layer, narrowing = self.part, self.part.layer, self.part.narrowing
+        part, narrowing = self.part, self.part.narrowing
         if narrowing is None:
             return Option(Choice({part.name: Cut()}, {part.name: 0.0}, lambda _: {}), terms.costs.dense(part.weight), 0)
-        cost = terms.price(part, ((layer.d_in, layer.d_out),), corrected=narrowing.bias is not None)
+        cost = terms.price(part, ((part.d_in, part.d_out),), corrected=narrowing.bias is not None)
         cut = Cut(width=narrowing.width)
         return Option(Choice({part.name: cut}, {part.name: 0.0}, lambda _: part.dense()), cost, 0.0)
 
     def _pairs(self, terms: Terms) -> Iterator[Option[Choice]]:
-        d_in, d_out = self.part.layer.d_in, self.part.layer.d_out
+        d_in, d_out = self.part.d_in, self.part.d_out
         if "pair" not in terms.config.forms:
             return
         for rank in pair_ranks(d_in, d_out, terms.config):
@@ -102,7 +104,7 @@ class Single:
 
     def _pair(self, rank: int, terms: Terms) -> Option[Choice]:
         part = self.part
-        cost = terms.price(part, pair_products(part.layer.d_in, part.layer.d_out, rank))
+        cost = terms.price(part, pair_products(part.d_in, part.d_out, rank))
         damage = terms.damage(part.name, part.decomposition.damage(rank))
         cut = Cut("pair", rank, part.width)
         return Option(
@@ -110,7 +112,7 @@ class Single:
         )
 
     def _blocks(self, terms: Terms) -> Iterator[Option[Choice]]:
-        part, d_in, d_out = self.part, self.part.layer.d_in, self.part.layer.d_out
+        part, d_in, d_out = self.part, self.part.d_in, self.part.d_out
         side = best_side(part.weight, d_in, d_out)
         if "block" not in terms.config.forms or side is None:
             return
@@ -153,11 +155,11 @@ class Shared:
         if not 0 < most < np.inf or not terms.config.forms & {"pair", "block"}:
             return apart
         scales = [max(importance, LEAST_SCALE * most) for importance in importances]
-        layer = stacked([part.layer for part in self.parts], scales)
-        return [*apart, *self._together(layer.decompose(), terms)]
+        together = decomposed(lambda: stacked([p.layer for p in self.parts], scales).decompose(), self.parts[0].memory)
+        return [*apart, *self._together(together, terms)]
 
     def _together(self, decomposition: Decomposition, terms: Terms) -> Iterator[Option[Choice]]:
-        d_in, widths = self.parts[0].layer.d_in, [part.layer.d_out for part in self.parts]
+        d_in, widths = self.parts[0].d_in, [part.d_out for part in self.parts]
         blocks = all("input" in part.weight.block_sides for part in self.parts)
         for rank in ranks(terms.config, min(d_in, sum(widths))):
             damage = decomposition.damage(rank)
@@ -194,7 +196,7 @@ class Shared:
         name = "+".join(part.name for part in self.parts)
         pairs, start = [], 0
         for part in self.parts:
-            own = slice(start, start + part.layer.d_out)
+            own = slice(start, start + part.d_out)
             bias = None if factors.bias is None else factors.bias[own]
             pairs.append(replace(part.put(Factors(factors.first, factors.second[:, own], bias)), shared=name))
             start = own.stop
@@ -218,7 +220,7 @@ class Chained:
     @property
     def widths(self) -> list[int]:
         """The numbers of hidden units on offer, rising."""
-        least = self._config.floor * self.consumer.layer.d_in
+        least = self._config.floor * self.consumer.d_in
         return [width for width in self.elimination.widths if width >= least]
 
     @cached_property
@@ -227,7 +229,7 @@ class Chained:
 
     @cached_property
     def _narrowed(self) -> dict[int, tuple[Group, Group]]:
-        full = self.consumer.layer.d_in
+        full = self.consumer.d_in
         widths = self.widths
         wanted = {min(widths, key=lambda width: abs(width - share * full)) for share in NARROWED} if widths else set()
         return {width: self._narrow(width) for width in wanted}
@@ -239,14 +241,22 @@ class Chained:
 
     def _narrow(self, width: int) -> tuple[Group, Group]:
         kept = self.elimination.kept(width)
-        matrix, bias = self.elimination.weight(kept)
         producers = [
-            replace(part, layer=part.layer.narrowed_outputs(kept), narrowing=Narrowing(width, outputs=kept))
+            replace(
+                part,
+                source=Unread(part.d_in, width, partial(_narrowed_outputs, part, kept)),
+                narrowing=Narrowing(width, outputs=kept),
+            )
             for part in self._producers
         ]
+        layer = self.consumer.layer
+        matrix, bias = stand_in(layer.matrix, layer.moments, kept)
+        source: Layer | Unread = layer.narrowed_inputs(kept, matrix)
+        if self.consumer.memory is not None:
+            source = Unread(width, self.consumer.d_out, lambda: _narrowed_inputs(self.consumer.layer, kept))
         consumer = replace(
             self.consumer,
-            layer=self.consumer.layer.narrowed_inputs(kept, matrix),
+            source=source,
             narrowing=Narrowing(width, inputs=kept, bias=bias if self._config.corrects_bias else None),
         )
         return self._groups(producers, consumer)
@@ -280,7 +290,7 @@ class Chained:
             sides: dict[str, Side] = dict.fromkeys((part.name for part in self._producers), "output")
             sides[self.consumer.name] = "input"
             cuts = [choice.cuts[part.name] for part in blocks]
-            units = cuts[0].width or self.consumer.layer.d_in
+            units = cuts[0].width or self.consumer.d_in
             if (
                 len(blocks) > 2
                 or sum(cut.rank or 0 for cut in cuts) > units
@@ -300,9 +310,9 @@ class Chained:
         return result
 
     def _dense_option(self, width: int, lost: float, terms: Terms) -> Option[Choice]:
-        cost = terms.price(
-            self.consumer, ((width, self.consumer.layer.d_out),), corrected=self._config.corrects_bias
-        ) + sum(terms.price(part, ((part.layer.d_in, width),), corrected=False) for part in self._producers)
+        cost = terms.price(self.consumer, ((width, self.consumer.d_out),), corrected=self._config.corrects_bias) + sum(
+            terms.price(part, ((part.d_in, width),), corrected=False) for part in self._producers
+        )
 
         def store(final: bool) -> dict[str, Stored]:
             return self.store_narrowed(width)
@@ -325,6 +335,15 @@ class Several:
 
     def options(self, terms: Terms) -> list[Option[Choice]]:
         return _side_by_side(self.parts, terms)
+
+
+def _narrowed_outputs(part: Part, kept: Index) -> Layer:
+    return part.layer.narrowed_outputs(kept)
+
+
+def _narrowed_inputs(layer: Layer, kept: Index) -> Layer:
+    matrix, _ = stand_in(layer.matrix, layer.moments, kept)
+    return layer.narrowed_inputs(kept, matrix)
 
 
 def _side_by_side(parts: Sequence[Part], terms: Terms) -> list[Option[Choice]]:

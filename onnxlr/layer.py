@@ -22,7 +22,7 @@ from onnxlr.factorize import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -102,6 +102,15 @@ class Layer:
         Moments have to be those of the input.
         """
         return replace(self, matrix=matrix, moments=None if self.moments is None else self.moments.kept(kept))
+
+
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """A layer [d_in, d_out] that is read anew whenever it is looked at, and kept by nobody."""
+
+    d_in: int
+    d_out: int
+    read: Callable[[], Layer]
 
 
 def grouped(layers: Sequence[Layer]) -> Layer:

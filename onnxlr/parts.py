@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from onnxlr.calibrate import weight_gradients, weight_moments, without_rows
 from onnxlr.choice import Part
 from onnxlr.errors import ConfigError
 from onnxlr.factorize import Gain
-from onnxlr.layer import Layer, grouped
+from onnxlr.layer import Layer, Unread, grouped
+from onnxlr.probes import gradients_reach, moments_size, weight_gradients, weight_moments, without_rows
+from onnxlr.recent import Recent
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 def parts_of(case: Case, stats: Stats | None, config: Config) -> list[Part]:
     """The weights that take part, with their moments, as `config.objective` sees them.
 
+    Nothing is read of them yet. With `config.memory` their decompositions are not all in memory at a time either.
+
     Raises
     ------
     ConfigError
@@ -30,7 +34,8 @@ def parts_of(case: Case, stats: Stats | None, config: Config) -> list[Part]:
     StatsError
         `stats` lacks the moments that the objective needs.
     """
-    return [_part(case, weight, stats, config) for weight in case.weights]
+    recent = None if config.memory is None else Recent()
+    return [replace(_part(case, weight, stats, config), memory=recent) for weight in case.weights]
 
 
 def _part(case: Case, weight: Weight, stats: Stats | None, config: Config) -> Part:
@@ -40,30 +45,39 @@ def _part(case: Case, weight: Weight, stats: Stats | None, config: Config) -> Pa
         raise ConfigError(
             f"--rank {fixed} for {weight.name!r} is above its full rank {min(weight.d_in, weight.d_out)}: lower it"
         )
-    matrix = case.inventory.matrix(weight)
+
+    def alone() -> Layer:
+        return grouped([Layer(each) for each in _matrices(case.inventory.matrix(weight))])
+
     if stats is None or config.objective == "weight":
-        return Part(weight, grouped([Layer(each) for each in _matrices(matrix)]), fixed)
-    moments = weight_moments(stats, case.inventory, weight, config.objective)
-    why = without_rows(weight, moments)
+        return Part(weight, Unread(weight.d_in, weight.d_out, alone), fixed)
+    rows, dim = moments_size(stats, weight, config.objective)
+    why = without_rows(weight, rows)
     if why:
         note = f"{why}, so it is cut by its weight alone; "
-        return Part(weight, grouped([Layer(each) for each in _matrices(matrix)]), fixed, note=note)
-    projected = config.objective == "utilized"
-    gradients = weight_gradients(stats, weight) if config.objective == "fisher" else None
-    layers = [
-        Layer(
-            each,
-            moments[group],
-            observed_output=weight.observes_output and not projected,
-            gain=None if gradients is None else Gain.of(gradients[group]),
-            projected=projected,
-        )
-        for group, each in enumerate(_matrices(matrix))
-    ]
-    unreached = config.objective == "fisher" and gradients is None
+        return Part(weight, Unread(weight.d_in, weight.d_out, alone), fixed, note=note)
+    fisher = config.objective == "fisher"
+    unreached = fisher and not gradients_reach(stats, weight)
     note = "no gradient reaches it, so its own output's error is minimised; " if unreached else ""
-    rows = min(own.count for own in moments)
-    return Part(weight, grouped(layers), fixed, rows, moments[0].dim, note)
+
+    def with_data() -> Layer:
+        projected = config.objective == "utilized"
+        moments = weight_moments(stats, case.inventory, weight, config.objective)
+        gradients = weight_gradients(stats, weight) if fisher else None
+        return grouped(
+            [
+                Layer(
+                    each,
+                    moments[group],
+                    observed_output=weight.observes_output and not projected,
+                    gain=None if gradients is None else Gain.of(gradients[group]),
+                    projected=projected,
+                )
+                for group, each in enumerate(_matrices(case.inventory.matrix(weight)))
+            ]
+        )
+
+    return Part(weight, Unread(weight.d_in, weight.d_out, with_data), fixed, rows, dim, note)
 
 
 def _matrices(matrix: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -49,16 +49,12 @@ class Elimination:
     """
 
     def __init__(self, weight: Matrix, moments: Moments | None, root: Matrix | None, step: int) -> None:
-        self._weight = weight
-        self._mean = None if moments is None else moments.mean
-        self._covariance = np.eye(len(weight)) if moments is None else _covariance(moments)
         self._damages = {len(weight): 0.0}
-        self._order = self._eliminate(weight if root is None else weight @ root, step)
+        inverse = np.asfortranarray(np.linalg.inv(_covariance(moments, len(weight))))
+        self._order = self._eliminate(inverse, weight.copy() if root is None else weight @ root, step)
 
-    def _eliminate(self, value: Matrix, step: int) -> Index:
-        """The units, first to go first; fills the damages by number of units kept."""
-        inverse = np.asfortranarray(np.linalg.inv(self._covariance))
-        value = value.copy()
+    def _eliminate(self, inverse: Matrix, value: Matrix, step: int) -> Index:
+        """The units, first to go first; fills the damages by number of units kept, and its arguments with rubbish."""
         units = np.arange(len(value))
         gone: list[Index] = []
         damage, count = 0.0, len(value)
@@ -97,17 +93,20 @@ class Elimination:
         """The units that stay, in their old order."""
         return np.sort(self._order[len(self._order) - width :])
 
-    def weight(self, kept: Index) -> tuple[Matrix, Matrix | None]:
-        """`W_K [width, d_out]` and the correction of the bias [d_out], None without data."""
-        across = self._covariance[np.ix_(kept, np.arange(len(self._weight)))]
-        solved = scipy.linalg.solve(across[:, kept], across @ self._weight, assume_a="pos", check_finite=False)
-        if self._mean is None:
-            return solved, None
-        return solved, self._mean @ self._weight - self._mean[kept] @ solved
+
+def stand_in(weight: Matrix, moments: Moments | None, kept: Index) -> tuple[Matrix, Matrix | None]:
+    """`W_K [width, d_out]` for the units `kept`, and the correction of the bias [d_out], None without data."""
+    across = _covariance(moments, len(weight))[kept]
+    solved = scipy.linalg.solve(across[:, kept], across @ weight, assume_a="pos", check_finite=False)
+    if moments is None:
+        return solved, None
+    return solved, moments.mean @ weight - moments.mean[kept] @ solved
 
 
-def _covariance(moments: Moments) -> Matrix:
+def _covariance(moments: Moments | None, units: int) -> Matrix:
     """Regularised, so that it has an inverse; of units that never move, the identity times next to nothing."""
+    if moments is None:
+        return np.eye(units)
     level = float(np.trace(moments.covariance)) / moments.dim
     # less is what rounding leaves of the covariance of a constant
     floor = np.finfo(np.float64).eps * max(moments.count, moments.dim) * float(np.mean(moments.mean**2))

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from models import relative, run
 
-from onnxlr.calibrate import accumulate, weight_moments
+from onnxlr.calibrate import accumulate
 from onnxlr.config import Config
 from onnxlr.factorize import Factors, WeightDecomposition
 from onnxlr.forms import Stored
 from onnxlr.layer import Layer, grouped
+from onnxlr.probes import weight_moments
 from onnxlr.rewrite import rewrite
 from onnxlr.session import Session
 from onnxlr.shapes import measure_shapes

@@ -14,10 +14,10 @@ from models import TEXT_TYPES, parsed, random, run
 from optimum import assert_cut_is_the_optimum, assert_full_rank_is_dense, matrices, only_weight
 
 import onnxlr
-from onnxlr.calibrate import probes
 from onnxlr.config import Config, Target
 from onnxlr.costs import Parameters
 from onnxlr.forms import Stored, pair_products
+from onnxlr.probes import probes
 from onnxlr.rewrite import rewrite
 from onnxlr.sites import parameter_count, take_inventory
 

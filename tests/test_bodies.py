@@ -13,11 +13,12 @@ from models import constant, parsed, random, relative, run
 from onnx import AttributeProto, helper
 
 import onnxlr
-from onnxlr.calibrate import accumulate, weight_moments
+from onnxlr.calibrate import accumulate
 from onnxlr.config import Config, Target, Tuning
 from onnxlr.factorize import WeightDecomposition
 from onnxlr.forms import Stored, as_block, best_window
 from onnxlr.model_io import from_proto
+from onnxlr.probes import weight_moments
 from onnxlr.protos import graphs
 from onnxlr.rewrite import rewrite
 from onnxlr.session import Session

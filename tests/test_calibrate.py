@@ -11,13 +11,14 @@ from models import FORMS, Form, parsed, random, run
 from safetensors.numpy import save_file
 
 from onnxlr.api import calibrate
-from onnxlr.calibrate import accumulate, mask_of, probes, site_probes, with_outputs
-from onnxlr.calibrate import weight_moments as moments_of_groups
+from onnxlr.calibrate import accumulate, mask_of, with_outputs
 from onnxlr.case import require_same_model
 from onnxlr.config import Config
 from onnxlr.data import open_data, split
 from onnxlr.errors import DataError, StatsError
 from onnxlr.gram import Moments, Stats
+from onnxlr.probes import probes, site_probes
+from onnxlr.probes import weight_moments as moments_of_groups
 from onnxlr.rows import Rows
 from onnxlr.session import Session
 from onnxlr.sites import Inventory, Weight, take_inventory

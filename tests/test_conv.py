@@ -14,13 +14,14 @@ from models import parsed, random, relative, run
 from onnx import TensorProto, helper, numpy_helper
 
 import onnxlr
-from onnxlr.calibrate import accumulate, weight_moments
+from onnxlr.calibrate import accumulate
 from onnxlr.config import Config, Target
 from onnxlr.errors import ModelError
 from onnxlr.factorize import Factors
 from onnxlr.forms import MAX_CONDITION, Stored, as_block, best_window
 from onnxlr.layer import Layer, grouped
 from onnxlr.model_io import Model, from_proto
+from onnxlr.probes import weight_moments
 from onnxlr.rewrite import rewrite
 from onnxlr.rows import Patches
 from onnxlr.session import Session

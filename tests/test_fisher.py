@@ -16,7 +16,6 @@ from models import parsed, random
 
 import onnxlr
 from onnxlr.api import calibrate
-from onnxlr.calibrate import weight_gradients
 from onnxlr.case import resolve
 from onnxlr.config import Config, Target
 from onnxlr.errors import ConfigError, DataError, ModelError, StatsError
@@ -24,6 +23,7 @@ from onnxlr.factorize import SHRINKAGE, Gain, OutputDecomposition
 from onnxlr.gram import Moments, Stats
 from onnxlr.layer import Layer
 from onnxlr.model_io import Model, from_proto
+from onnxlr.probes import weight_gradients
 from onnxlr.sites import take_inventory
 
 if TYPE_CHECKING:

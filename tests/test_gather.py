@@ -13,12 +13,13 @@ from models import TEXT_TYPES, parsed, random, relative, run
 from optimum import CONFIG, assert_full_rank_is_dense, only_weight
 
 import onnxlr
-from onnxlr.calibrate import accumulate, probes, weight_moments
+from onnxlr.calibrate import accumulate
 from onnxlr.case import UNUTILIZED
 from onnxlr.config import Config, Target
 from onnxlr.costs import Latency, Macs, Parameters
 from onnxlr.forms import Stored, as_block, best_window, block_products, pair_products
 from onnxlr.layer import Layer
+from onnxlr.probes import probes, weight_moments
 from onnxlr.rewrite import rewrite
 from onnxlr.session import Session
 from onnxlr.shapes import measure_shapes

@@ -215,7 +215,7 @@ HEADER = {"format": gram.FORMAT, "model": "m", "data": "[]", "samples": "1", "ho
         ({key: value for key, value in HEADER.items() if key != "rows"}, r"damaged, its header gives KeyError\('rows'"),
         (HEADER | {"data": "["}, "damaged, its header gives JSONDecodeError"),
         (HEADER | {"samples": "many"}, "damaged, its header gives ValueError"),
-        (HEADER | {"rows": '{"input:x": 3}'}, r"damaged, its header gives KeyError\('input:x/gram'\)"),
+        (HEADER | {"rows": '{"input:x": 3}'}, "cannot be read as a moments file"),
     ],
 )
 def test_a_file_with_another_header_is_refused(tmp_path: Path, header: dict[str, str] | None, message: str) -> None:

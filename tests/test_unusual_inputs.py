@@ -11,13 +11,14 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import onnxlr
-from onnxlr.calibrate import accumulate, probes
+from onnxlr.calibrate import accumulate
 from onnxlr.config import Config, Target
 from onnxlr.data import batches, open_data, split
 from onnxlr.errors import DataError, GateError, ModelError, OnnxlrError
 from onnxlr.gram import Moments
 from onnxlr.metrics import relative_error
 from onnxlr.model_io import from_proto, load
+from onnxlr.probes import probes
 from onnxlr.session import Session
 from onnxlr.sites import take_inventory
 from onnxlr.validate import compare

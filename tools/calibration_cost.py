@@ -171,9 +171,10 @@ def run(name: str, model: Path, calib: Path, mask: str | None) -> dict[str, floa
 def arithmetic(model: Path, calib: Path) -> tuple[float, int]:
     """Multiply-accumulates of the moments of one row a tensor, over those of the products; bytes of all moments."""
     import onnxlr
-    from onnxlr.calibrate import accumulate, probes
+    from onnxlr.calibrate import accumulate
     from onnxlr.case import as_model
     from onnxlr.data import open_data
+    from onnxlr.probes import probes
     from onnxlr.session import Session
     from onnxlr.shapes import measure_shapes
     from onnxlr.sites import take_inventory

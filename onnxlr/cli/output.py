@@ -59,7 +59,7 @@ def show_stats(stats: Stats, output: Path, as_json: bool, *, objective: str = ""
         "model": stats.model,
         "data": stats.data,
         "samples": stats.samples,
-        "tensors": {key: {"rows": value.count, "dim": value.dim} for key, value in stats.moments.items()},
+        "tensors": {key: {"rows": rows, "dim": dim} for key, (rows, dim) in stats.sizes.items()},
     }
     if objective:
         document |= {"objective": objective, "objective_reason": reason}
@@ -67,7 +67,7 @@ def show_stats(stats: Stats, output: Path, as_json: bool, *, objective: str = ""
         show_json(document)
     else:
         size = terminal.megabytes(output.stat().st_size)
-        rows = sorted(value.count for value in stats.moments.values())
+        rows = sorted(count for count, _ in stats.sizes.values())
         taken = f" over {rows[0]:,} to {rows[-1]:,} rows" if rows else ""
         show([f"{stats.samples} samples, moments of {len(stats.moments)} tensors{taken}, {size}, written to {output}"])
         if objective:

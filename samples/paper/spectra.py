@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import onnxlr
-from onnxlr.calibrate import weight_moments
 from onnxlr.case import gather, prepare, quiet
 from onnxlr.parts import parts_of
+from onnxlr.probes import weight_moments
 from onnxlr.rewrite import rewrite
 from onnxlr.spectrum import eigen, rank_for_energy
 from samples.paper.figures import BLUE, GREY, ORANGE, panels, save

@@ -1,0 +1,82 @@
+"""Decompositions that are kept as long as there is room, and made again where they are needed after that.
+
+What a plan asks of a weight most is the damage at every rank: a vector, which stays. The factors of a rank take the
+whole decomposition, its bases as large as the weight.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from onnxlr.factorize import Decomposition, Factors
+
+
+class Recent:
+    """The decompositions that were used last.
+
+    Parameters
+    ----------
+    room
+        How many there may be.
+    """
+
+    def __init__(self, room: int = 1) -> None:
+        self._room = room
+        self._kept: OrderedDict[int, Decomposition] = OrderedDict()
+
+    def get(self, owner: object, make: Callable[[], Decomposition]) -> Decomposition:
+        """That of `owner`, made where it is not there any more."""
+        key = id(owner)
+        if key not in self._kept:
+            while len(self._kept) >= self._room:
+                self._kept.popitem(last=False)
+            self._kept[key] = make()
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+
+class _Remade:
+    """A decomposition of which only the damages are kept for good."""
+
+    def __init__(self, make: Callable[[], Decomposition], recent: Recent) -> None:
+        self._make, self._recent = make, recent
+
+    @property
+    def _whole(self) -> Decomposition:
+        return self._recent.get(self, self._make)
+
+    @cached_property
+    def _damages(self) -> list[float]:
+        damages = [self._whole.damage(0)]
+        while damages[-1] > 0:
+            damages.append(self._whole.damage(len(damages)))
+        return damages
+
+    @cached_property
+    def total(self) -> float:
+        return self._whole.total
+
+    def damage(self, rank: int) -> float:
+        return self._damages[rank] if rank < len(self._damages) else 0.0
+
+    def rank_for(self, energy: float) -> int:
+        return self._whole.rank_for(energy)
+
+    def cut(self, rank: int) -> Factors:
+        return self._whole.cut(rank)
+
+    def unbalanced(self, rank: int) -> Factors:
+        return self._whole.unbalanced(rank)
+
+    def cut_by_energy(self, energy: float, rank: int) -> tuple[Factors, float]:
+        return self._whole.cut_by_energy(energy, rank)
+
+
+def decomposed(make: Callable[[], Decomposition], recent: Recent | None) -> Decomposition:
+    """What `make` gives, for good; or, with `recent`, as long as there is room."""
+    return make() if recent is None else _Remade(make, recent)
