@@ -145,7 +145,7 @@ def calibrate(
     case = prepare(model, calib, config, images)
     truth = None if labels is None else load_truth(case, labels)
     with working(work, case.fingerprint) as kept:
-        stats = gather(case, config, progress, truth, None if work is None and config.memory is None else kept)
+        stats = gather(case, config, progress, truth, kept)
         if path is None:
             return stats
         stats.save(path, force=force)

@@ -194,7 +194,8 @@ def gather(
     "fisher", or of "output" where there can be no gradients: then they say why. With `work` they are in its files,
     those that are there already are not gathered again.
     """
-    recall = _in_memory if work is None else work.stats
+    kept = work is not None and (work.resumable or config.memory is not None)
+    recall = work.stats if work is not None and kept else _in_memory
     gradients, no_gradients = None, ""
     if config.objective in ("fisher", "auto"):
         try:

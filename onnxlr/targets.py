@@ -196,6 +196,8 @@ class Chooser:
         The target, and all that decides what is offered.
     progress
         Called with (stage, steps done, steps in all).
+    recall
+        Gives the importances from what measures them, or from where they were kept.
     """
 
     def __init__(
@@ -207,12 +209,15 @@ class Chooser:
         costs: Costs,
         config: Config,
         progress: Callable[[str, int, int | None], None],
+        recall: Callable[[Callable[[], dict[str, float]]], dict[str, float]] = lambda make: make(),
     ) -> None:
         self._groups, self._trial, self._costs = groups, trial, costs
         self._parts = {part.name: part for members in groups for part in members.parts}
         self._probed, self._held_out, self._config, self._progress = probed, held_out, config, progress
-        self._importance = measure_alone(
-            self._groups, trial, probed, config, lambda done: progress("importance", done, len(self._parts))
+        self._importance: Mapping[str, float] = recall(
+            lambda: measure_alone(
+                self._groups, trial, probed, config, lambda done: progress("importance", done, len(self._parts))
+            )
         )
 
     def plan(self, limit: float) -> Plan:
@@ -242,6 +247,10 @@ class Chooser:
             total = self._importance[name] * self._parts[name].decomposition.total
             energy[name] = 1 - damage / total if total else 1.0
         return Plan(choice.cuts, stored, energy, choice.damages)
+
+    def rest(self) -> None:
+        """Give back the memory that is needed for the next plan only."""
+        self._trial.rest()
 
     def _planner(self, no_blocks: frozenset[Block] = frozenset()) -> Planner:
         return Planner(self._groups, Terms(self._config, self._costs, self._importance, no_blocks))

@@ -77,9 +77,19 @@ class Trial:
         self._corrected = corrected
         self._switches = {site.output: f"{weight.name}.lr_cut" for weight in weights for site in weight.sites}
         pairs = {weight.name: lay_out(inventory, weight, _no_pair(weight, corrected)) for weight in weights}
-        free = self._with_free_ranks([arrays for layouts in pairs.values() for arrays in layouts])
-        self._session = Session(free, provider=config.provider, threads=config.threads)
+        self._free = self._with_free_ranks([arrays for layouts in pairs.values() for arrays in layouts])
+        self._provider, self._threads = config.provider, config.threads
+        self._open: Session | None = None
         self._dense = {name: _named(layouts) for name, layouts in pairs.items()}
+
+    @property
+    def _session(self) -> Session:
+        self._open = self._open or Session(self._free, provider=self._provider, threads=self._threads)
+        return self._open
+
+    def rest(self) -> None:
+        """Give back the memory that running takes; whoever goes on trying takes it again."""
+        self._open = None
 
     def _with_free_ranks(self, layouts: Sequence[SiteArrays]) -> Model:
         free: dict[str, NDArray[Any]] = {}

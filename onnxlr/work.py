@@ -35,10 +35,16 @@ class Work:
         Where they are; a temporary folder, made when it is needed first, when None.
     source
         What tells the model and the data from others.
+
+    Attributes
+    ----------
+    resumable
+        Whether the folder was given, and will be there for another run.
     """
 
     def __init__(self, folder: Path | None, source: str) -> None:
         self._folder, self._source = folder, source
+        self.resumable = folder is not None
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
 
     @property

@@ -22,9 +22,9 @@ from onnxlr.forms import LARGEST, Stored, Window, holds
 from onnxlr.gram import Moments
 from onnxlr.latency import Timings
 from onnxlr.model_io import from_proto, load, save
-from onnxlr.pipeline import _costs
 from onnxlr.precision import half_types, widened, widened_feed
 from onnxlr.report.terminal import render_report, render_validation
+from onnxlr.search import _costs
 from onnxlr.session import Session
 from onnxlr.sites import take_inventory
 from onnxlr.timing_cache import recalled
@@ -317,7 +317,7 @@ def test_latency_is_planned_in_the_type_of_the_model(dtype: str, monkeypatch: py
         asked.append(options["dtype"])
         return recalled(**options)
 
-    monkeypatch.setattr(onnxlr.pipeline, "recalled", spy)
+    monkeypatch.setattr(onnxlr.search, "recalled", spy)
     config = Config(target=Target("max_latency", 0.9), **SMALL)
     _costs(prepare(two_layers(dtype), {"x": data(dtype)}, config), config)
     assert asked == [dtype]

@@ -134,7 +134,7 @@ def test_low_rank_makes_room_for_what_bits_add(monkeypatch: pytest.MonkeyPatch) 
         proto.graph.initializer.append(onnx.numpy_helper.from_array(signs.astype(np.float32), "disturbance"))
         return from_proto(proto)
 
-    monkeypatch.setattr("onnxlr.pipeline.quantize", disturbed)
+    monkeypatch.setattr("onnxlr.search.quantize", disturbed)
     config = Config(target=Target("max_error", 0.1), objective="output", then="int8", threads=1)
     report = onnxlr.compress(mlp(), [{"x": rows(256)}], config)
     assert report.validation is not None

@@ -31,8 +31,8 @@ from onnxlr.groups import group
 from onnxlr.importance import measure_again, measure_alone
 from onnxlr.metrics import relative_error
 from onnxlr.parts import parts_of
-from onnxlr.pipeline import IMPORTANCE_SAMPLES
 from onnxlr.rewrite import rewrite
+from onnxlr.search import IMPORTANCE_SAMPLES
 from onnxlr.session import Session
 from onnxlr.targets import Planner, well_conditioned
 from onnxlr.trial import Trial

@@ -21,8 +21,8 @@ from onnxlr.bench import compare_latency
 from onnxlr.case import prepare
 from onnxlr.data import batches, open_data, spread
 from onnxlr.demo import sample_folder
-from onnxlr.pipeline import QUANTIZE_SAMPLES
 from onnxlr.quantize import quantize
+from onnxlr.search import QUANTIZE_SAMPLES
 from onnxlr.validate import validate
 
 BITS = ("int8", "int8-static", "fp16")

@@ -1,0 +1,247 @@
+"""Plans that are tried on the model itself until one meets its target on all held-out samples.
+
+A plan is found on few samples and from single measurements (`onnxlr.targets`). What it does to the model, fewer bits
+included where they are asked for, is validated on all; where that misses the target, a stricter plan is tried.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from math import prod
+from typing import TYPE_CHECKING
+
+from onnxlr.bench import compare_latency
+from onnxlr.config import BUDGETS
+from onnxlr.costs import Latency, Macs, Parameters, timed_dtype
+from onnxlr.data import batches, fixed_batch, sample_count, spread
+from onnxlr.errors import GateError
+from onnxlr.groups import group
+from onnxlr.quantize import quantize
+from onnxlr.rewrite import rewrite
+from onnxlr.targets import Chooser, by_energy
+from onnxlr.timing_cache import recalled
+from onnxlr.trial import Trial
+from onnxlr.validate import validate
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from onnxlr.case import Case, Progress
+    from onnxlr.choice import Part
+    from onnxlr.clock import Clock
+    from onnxlr.config import Config
+    from onnxlr.costs import Costs
+    from onnxlr.data import Feed
+    from onnxlr.model_io import Model
+    from onnxlr.targets import Plan
+    from onnxlr.trial import Observed
+    from onnxlr.validate import Validation
+    from onnxlr.work import Work
+
+SEARCH_SAMPLES = 256
+"""Held-out samples that a search runs again and again; the final validation takes all of them."""
+IMPORTANCE_SAMPLES, FEW_SAMPLES, IMPORTANCE_ROWS = 16, 4, 64
+"""Calibration samples on which the importance of weights is measured: fewer, where those have so many tokens."""
+QUANTIZE_SAMPLES = 64
+"""Calibration samples that show the range of activations, where those are quantized beforehand."""
+ATTEMPTS = 3
+"""Searches for a target, each stricter than the one before, until all held-out samples agree that it is met."""
+
+NEAR = 0.95
+"""A plan that takes less than this share of the latency that it may take is tried again with more of the model kept."""
+
+
+def meet_target(
+    case: Case,
+    parts: Sequence[Part],
+    config: Config,
+    labels: NDArray[np.int64] | None,
+    work: Work,
+    clock: Clock,
+    progress: Progress,
+) -> tuple[Plan, Result]:
+    """A plan, its models, and the validation that shows the target met on all held-out samples."""
+    target, chooser = config.target, None
+    # nothing to cut meets every bound, but no budget below the whole
+    if target.kind != "energy" and (parts or target.kind in BUDGETS):
+        with clock.stage("importance"):
+            chooser = _chooser(case, parts, config, labels, progress, work)
+    limit, met = target.value, None
+    for attempt in range(ATTEMPTS):
+        with clock.stage("search"):
+            try:
+                plan = by_energy(parts, limit, config) if chooser is None else chooser.plan(limit)
+                if chooser is not None:
+                    chooser.rest()
+            except GateError:
+                if target.kind != "max_latency" or limit == target.value:
+                    raise
+                break  # what was asked for could be planned, only not what would make up for the difference
+        with clock.stage("rewrite"):
+            compressed = rewrite(case.inventory, plan.stored, work.folder if case.model.external_files else None)
+        result = finish(case, compressed, config, labels, clock, progress)
+        validation = result.judged
+        if target.kind == "max_error" and validation.error > target.value:
+            reached = f"a relative error of {validation.error:.4g}"
+            limit *= _stricter(config, result)
+        elif target.kind == "min_metric_kept" and not _metric_kept(validation, target.value):
+            reached = f"{validation.metric_b:.4g} of {validation.metric_a:.4g}"
+            limit += (1 - limit) / 2
+        elif target.kind == "max_latency" and (ratio := _latency(case, compressed, config)) > target.value:
+            reached = f"{ratio:.3f} of the dense latency"
+            limit *= 0.98 * target.value / ratio
+            if met is not None:
+                break
+        elif target.kind == "max_latency" and ratio < NEAR * target.value and limit < 1 and attempt + 1 < ATTEMPTS:
+            met = plan, result  # faster than asked for, at the cost of accuracy
+            limit = min(1.0, limit * (1 + NEAR) / 2 * target.value / ratio)
+        else:
+            return plan, result
+    if met is not None:
+        return met
+    if target.kind == "max_latency":
+        raise GateError(
+            f"--{target} holds for the times of single products, but the model took {reached}: ask for at least that"
+        )
+    raise GateError(
+        f"--{target} holds on {SEARCH_SAMPLES} held-out samples but not on all {validation.samples}, where "
+        f"{reached} was reached: ask for a little more and try again"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The compressed model and its parity, and what fewer bits make of it where they are asked for."""
+
+    compressed: Model
+    validation: Validation
+    quantized: Model | None
+    judged: Validation
+
+    @property
+    def written(self) -> Model:
+        return self.quantized or self.compressed
+
+
+def finish(
+    case: Case,
+    compressed: Model,
+    config: Config,
+    labels: NDArray[np.int64] | None,
+    clock: Clock,
+    progress: Progress,
+) -> Result:
+    with clock.stage("validate"):
+        alone = _validate(case, compressed, config, labels, progress)
+    if config.then is None:
+        return Result(compressed, alone, None, alone)
+    with clock.stage("quantize"):
+        feeds = batches(spread(case.calibration, QUANTIZE_SAMPLES), config.batch, case.inputs)
+        quantized = quantize(compressed, config.then, feeds)
+    with clock.stage("validate"):
+        return Result(compressed, alone, quantized, _validate(case, quantized, config, labels, progress))
+
+
+def _stricter(config: Config, result: Result) -> float:
+    """By what the bound on the error of low rank has to shrink, where what fewer bits add is in squares."""
+    alone, both, bound = result.validation.error, result.judged.error, config.target.value
+    added = max(0.0, both**2 - alone**2)
+    if not added < bound**2:
+        raise GateError(
+            f"--{config.target} cannot be reached with --then {config.then}, which adds an error of {added**0.5:.4g}: "
+            "ask for more than that, or leave --then out"
+        )
+    return min(1.0, 0.99 * (bound**2 - added) ** 0.5 / alone) if alone else 1.0
+
+
+def _validate(
+    case: Case, compressed: Model, config: Config, labels: NDArray[np.int64] | None, progress: Progress
+) -> Validation:
+    return validate(
+        case.model,
+        compressed,
+        case.held_out,
+        batch=config.batch,
+        mask=config.mask,
+        labels=labels,
+        metric=config.metric,
+        provider=config.provider,
+        threads=config.threads,
+        max_error=config.target.value if config.target.kind == "max_error" else None,
+        progress=lambda done: progress("validate", done, None),
+    )
+
+
+def _metric_kept(validation: Validation, share: float) -> bool:
+    assert validation.metric_a is not None
+    assert validation.metric_b is not None
+    return validation.metric_b >= share * validation.metric_a
+
+
+def _chooser(
+    case: Case,
+    parts: Sequence[Part],
+    config: Config,
+    labels: NDArray[np.int64] | None,
+    progress: Progress,
+    work: Work,
+) -> Chooser:
+    trial = Trial(case.inventory, case.weights, case.inputs, config, corrected=config.corrects_bias)
+    probed = _probed(case, trial)
+    numbered = list(spread(case.held_out, SEARCH_SAMPLES).indexed())
+    truth = None if labels is None else labels[[index for index, _ in numbered]]
+    searched = config.target.kind in ("max_error", "min_metric_kept")
+    held_out = trial.observe((sample for _, sample in numbered), truth) if searched else []
+    groups = group(parts, case.inventory, config)
+    costs = _costs(case, config)
+    if not work.resumable:
+        return Chooser(groups, trial, probed, held_out, costs, config, progress)
+    settings = replace(config, target=replace(config.target, value=1.0), threads=0, then=None, rounds=0)
+    seen = [(part.name, part.rows) for part in parts]
+    how = json.dumps(
+        [asdict(settings) | {"forms": sorted(config.forms)}, seen, None if truth is None else truth.tolist()]
+    )
+    return Chooser(
+        groups, trial, probed, held_out, costs, config, progress,
+        recall=lambda make: work.values("importance", how, make),
+    )  # fmt: skip
+
+
+def _probed(case: Case, trial: Trial) -> Observed:
+    """What importances are measured on: fewer samples where each gives many rows out."""
+    least = fixed_batch(case.inputs) or 1
+    observed = trial.observe(spread(case.calibration, max(FEW_SAMPLES, least)))
+    tokens = sum(max(prod(array.shape[:2]) * (array.ndim == 3) for array in out.values()) for _, out, _ in observed)
+    if tokens >= IMPORTANCE_ROWS:
+        return observed
+    return trial.observe(spread(case.calibration, max(IMPORTANCE_SAMPLES, least)))
+
+
+def _costs(case: Case, config: Config) -> Costs:
+    if config.target.kind == "keep_macs":
+        return Macs(case.inventory)
+    if config.target.kind != "max_latency":
+        return Parameters(case.inventory)
+    feed = bench_feed(case, config)
+    (dense,) = compare_latency([case.model], feed, provider=config.provider, threads=config.threads)
+    timings, _ = recalled(provider=config.provider, threads=config.threads, dtype=timed_dtype(case.weights))
+    # a batch that is fixed is what rows were counted for; and other load only ever adds
+    times = 1 if fixed_batch(case.inputs) else sample_count(feed, case.inputs)
+    return Latency(case.inventory, timings, times, 1e3 * dense.p10_ms)
+
+
+def bench_feed(case: Case, config: Config) -> Feed:
+    """What latency is measured on: it begins with the sample whose shapes the multiply-accumulates are counted for."""
+    return next(iter(batches(case.calibration, config.batch, case.inputs)))
+
+
+def _latency(case: Case, compressed: Model, config: Config) -> float:
+    """The latency of the compressed model over that of the dense one, measured in turn."""
+    if compressed is case.model:
+        return 1.0  # whatever noise would make of it
+    feed = bench_feed(case, config)
+    return compare_latency([case.model, compressed], feed, provider=config.provider, threads=config.threads)[1].ratio
