@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
     Index = NDArray[np.intp]
     Block = tuple[str, int | None, int]
+    Keep = Callable[[Stored], Stored]
+    """Puts what is stored where there is room for it."""
 
 BLOCK_GAIN = 0.06
 """The share of a pair's parameters that a block has to save to be offered: its Concat or Split costs time."""
@@ -95,21 +97,21 @@ class Choice:
     cost: float = 0.0
 
     @classmethod
-    def of(cls, choices: Sequence[Choice]) -> Choice:
-        """Several choices as one."""
+    def of(cls, choices: Sequence[Choice], keep: Keep = lambda stored: stored) -> Choice:
+        """Several choices as one; what is stored goes through `keep`, one choice after the other."""
         return cls(
             {name: cut for choice in choices for name, cut in choice.cuts.items()},
             {name: damage for choice in choices for name, damage in choice.damages.items()},
-            lambda final: _store(choices, final),
+            lambda final: _store(choices, final, keep),
         )
 
 
-def _store(choices: Sequence[Choice], final: bool) -> dict[str, Stored]:
+def _store(choices: Sequence[Choice], final: bool, keep: Keep) -> dict[str, Stored]:
     stored: dict[str, Stored] = {}
     refused: set[Block] = set()
     for choice in choices:
         try:
-            stored |= choice.store(final)
+            stored |= {name: keep(arrays) for name, arrays in choice.store(final).items()}
         except BadlyConditionedError as refusal:
             refused |= refusal.blocks
     if refused:

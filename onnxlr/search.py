@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from onnxlr.costs import Latency, Macs, Parameters, timed_dtype
 from onnxlr.data import batches, fixed_batch, sample_count, spread
 from onnxlr.errors import GateError
 from onnxlr.groups import group
+from onnxlr.plan_file import load_plan, save_plan
 from onnxlr.quantize import quantize
 from onnxlr.rewrite import rewrite
 from onnxlr.targets import Chooser, by_energy
@@ -25,17 +27,18 @@ from onnxlr.trial import Trial
 from onnxlr.validate import validate
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
 
     from onnxlr.case import Case, Progress
-    from onnxlr.choice import Part
+    from onnxlr.choice import Keep, Part
     from onnxlr.clock import Clock
     from onnxlr.config import Config
     from onnxlr.costs import Costs
     from onnxlr.data import Feed
+    from onnxlr.forms import Stored
     from onnxlr.model_io import Model
     from onnxlr.targets import Plan
     from onnxlr.trial import Observed
@@ -65,24 +68,33 @@ def meet_target(
     progress: Progress,
 ) -> tuple[Plan, Result]:
     """A plan, its models, and the validation that shows the target met on all held-out samples."""
-    target, chooser = config.target, None
-    # nothing to cut meets every bound, but no budget below the whole
-    if target.kind != "energy" and (parts or target.kind in BUDGETS):
+    target = config.target
+
+    @cache
+    def chooser() -> Chooser:
         with clock.stage("importance"):
-            chooser = _chooser(case, parts, config, labels, progress, work)
+            return _chooser(case, parts, config, labels, progress, work)
+
+    def planned(limit: float) -> Plan:
+        # nothing to cut meets every bound, but no budget below the whole
+        if target.kind == "energy" or not (parts or target.kind in BUDGETS):
+            return by_energy(parts, limit, config, _keep(config, work))
+        own = chooser()
+        with clock.stage("search"):
+            plan = own.plan(limit)
+        own.rest()
+        return plan
+
     limit, met = target.value, None
     for attempt in range(ATTEMPTS):
-        with clock.stage("search"):
-            try:
-                plan = by_energy(parts, limit, config) if chooser is None else chooser.plan(limit)
-                if chooser is not None:
-                    chooser.rest()
-            except GateError:
-                if target.kind != "max_latency" or limit == target.value:
-                    raise
-                break  # what was asked for could be planned, only not what would make up for the difference
+        try:
+            plan = _recalled(work, (_settings(config, parts, labels), limit), partial(planned, limit))
+        except GateError:
+            if target.kind != "max_latency" or limit == target.value:
+                raise
+            break  # what was asked for could be planned, only not what would make up for the difference
         with clock.stage("rewrite"):
-            compressed = rewrite(case.inventory, plan.stored, work.folder if case.model.external_files else None)
+            compressed = rewrite(case.inventory, plan.stored, work.scratch if case.model.external_files else None)
         result = finish(case, compressed, config, labels, clock, progress)
         validation = result.judged
         if target.kind == "max_error" and validation.error > target.value:
@@ -198,17 +210,47 @@ def _chooser(
     held_out = trial.observe((sample for _, sample in numbered), truth) if searched else []
     groups = group(parts, case.inventory, config)
     costs = _costs(case, config)
+    keep = _keep(config, work)
     if not work.resumable:
-        return Chooser(groups, trial, probed, held_out, costs, config, progress)
-    settings = replace(config, target=replace(config.target, value=1.0), threads=0, then=None, rounds=0)
-    seen = [(part.name, part.rows) for part in parts]
-    how = json.dumps(
-        [asdict(settings) | {"forms": sorted(config.forms)}, seen, None if truth is None else truth.tolist()]
-    )
+        return Chooser(groups, trial, probed, held_out, costs, config, progress, keep=keep)
+    measured_so = _settings(replace(config, rounds=0), parts, labels)
     return Chooser(
         groups, trial, probed, held_out, costs, config, progress,
-        recall=lambda make: work.values("importance", how, make),
+        recall=lambda make: work.values("importance", measured_so, make), keep=keep,
     )  # fmt: skip
+
+
+def _settings(config: Config, parts: Sequence[Part], labels: NDArray[np.int64] | None) -> str:
+    """What a plan follows from beside the model, the data and how far it goes."""
+    settings = replace(config, target=replace(config.target, value=1.0), threads=0, memory=None, then=None)
+    seen = [(part.name, part.rows) for part in parts]
+    truth = None if labels is None else labels.tolist()
+    return json.dumps([asdict(settings) | {"forms": sorted(config.forms)}, seen, truth])
+
+
+def _recalled(work: Work, settings: object, make: Callable[[], Plan]) -> Plan:
+    """A plan, made unless there is a file of it."""
+    if not work.resumable:
+        return make()
+    path = work.path("plan", settings, ".json")
+    if not path.exists():
+        save_plan(make(), path)
+    return load_plan(path)
+
+
+def _keep(config: Config, work: Work) -> Keep:
+    """Where what is stored goes: to a file, where memory is scarce."""
+    if config.memory is None:
+        return lambda stored: stored
+
+    def keep(stored: Stored) -> Stored:
+        return replace(
+            stored,
+            first=None if stored.first is None else work.array(stored.first),
+            second=work.array(stored.second),
+        )
+
+    return keep
 
 
 def _probed(case: Case, trial: Trial) -> Observed:

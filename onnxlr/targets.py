@@ -24,7 +24,7 @@ from onnxlr.plan import BudgetTooSmall, allocate
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from onnxlr.choice import Block, Part
+    from onnxlr.choice import Block, Keep, Part
     from onnxlr.config import Config
     from onnxlr.costs import Costs
     from onnxlr.factorize import Factors
@@ -74,10 +74,12 @@ class Planner:
         What may be cut; what the model holds besides belongs to every budget.
     terms
         On what terms, and in which unit.
+    keep
+        Puts what is stored where there is room for it.
     """
 
-    def __init__(self, groups: Sequence[Group], terms: Terms) -> None:
-        self._terms = terms
+    def __init__(self, groups: Sequence[Group], terms: Terms, keep: Keep = lambda stored: stored) -> None:
+        self._terms, self._keep = terms, keep
         self.whole = terms.costs.whole
         self._offers = {str(number): offering.options(terms) for number, offering in enumerate(groups)}
         self._dense = {
@@ -107,7 +109,7 @@ class Planner:
                 f"of the rest keep {least:g} of the model; ask for at least that, or offer lower ranks with "
                 "--rank-multiple"
             ) from None
-        choice = Choice.of([option.choice for option in chosen])
+        choice = Choice.of([option.choice for option in chosen], self._keep)
         return replace(choice, cost=self._rest + sum(option.cost for option in chosen))
 
     def _allocate(self, budget: float) -> list[Option[Choice]]:
@@ -142,10 +144,10 @@ class Planner:
         return self._rest + sum(min(option.cost for option in offer) for offer in self._offers.values())
 
 
-def by_energy(parts: Sequence[Part], energy: float, config: Config) -> Plan:
+def by_energy(parts: Sequence[Part], energy: float, config: Config, keep: Keep = lambda stored: stored) -> Plan:
     """Every weight at the least rank that keeps `energy`, rounded up to the multiple; dense where that is no gain.
 
-    As pairs only: the rule is the one of arXiv 2407.04797.
+    As pairs only: the rule is the one of arXiv 2407.04797. `keep` puts what is stored where there is room for it.
     """
     cuts: dict[str, Cut] = {}
     stored: dict[str, Stored] = {}
@@ -155,11 +157,11 @@ def by_energy(parts: Sequence[Part], energy: float, config: Config) -> Plan:
         rank = part.fixed or -(-decomposition.rank_for(energy) // config.rank_multiple) * config.rank_multiple
         cuts[part.name], damage = Cut(), 0.0
         if part.fixed is not None:
-            cuts[part.name], stored[part.name] = Cut("pair", rank), part.pair(rank)
+            cuts[part.name], stored[part.name] = Cut("pair", rank), keep(part.pair(rank))
             damage = decomposition.damage(rank)
         elif rank * (weight.d_in + weight.d_out) <= config.margin * weight.d_in * weight.d_out:
             factors, damage = decomposition.cut_by_energy(energy, rank)
-            cuts[part.name], stored[part.name] = Cut("pair", rank), part.put(factors)
+            cuts[part.name], stored[part.name] = Cut("pair", rank), keep(part.put(factors))
         kept[part.name] = 1 - damage / decomposition.total if decomposition.total else 1.0
     return Plan(cuts, stored, kept, None)
 
@@ -198,6 +200,8 @@ class Chooser:
         Called with (stage, steps done, steps in all).
     recall
         Gives the importances from what measures them, or from where they were kept.
+    keep
+        Puts what is stored where there is room for it.
     """
 
     def __init__(
@@ -210,10 +214,12 @@ class Chooser:
         config: Config,
         progress: Callable[[str, int, int | None], None],
         recall: Callable[[Callable[[], dict[str, float]]], dict[str, float]] = lambda make: make(),
+        keep: Keep = lambda stored: stored,
     ) -> None:
         self._groups, self._trial, self._costs = groups, trial, costs
         self._parts = {part.name: part for members in groups for part in members.parts}
         self._probed, self._held_out, self._config, self._progress = probed, held_out, config, progress
+        self._keep = keep
         self._importance: Mapping[str, float] = recall(
             lambda: measure_alone(
                 self._groups, trial, probed, config, lambda done: progress("importance", done, len(self._parts))
@@ -253,7 +259,7 @@ class Chooser:
         self._trial.rest()
 
     def _planner(self, no_blocks: frozenset[Block] = frozenset()) -> Planner:
-        return Planner(self._groups, Terms(self._config, self._costs, self._importance, no_blocks))
+        return Planner(self._groups, Terms(self._config, self._costs, self._importance, no_blocks), self._keep)
 
     def _factors(self, choice: Choice) -> dict[str, Factors]:
         return factors(list(self._parts.values()), choice.store(False))

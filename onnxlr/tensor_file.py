@@ -41,3 +41,17 @@ def write_tensors(
         for shape, array in zip(shapes.values(), arrays, strict=True):
             assert array.shape == shape
             stream.write(np.ascontiguousarray(array, "<f8").data)
+
+
+def map_tensors(path: Path) -> dict[str, NDArray[np.float64]]:
+    """The arrays that `write_tensors` wrote, read from the file where they are looked at."""
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+    return {
+        name: np.memmap(path, "<f8", "r", 8 + length + entry["data_offsets"][0], tuple(entry["shape"]))
+        if prod(entry["shape"])
+        else np.empty(entry["shape"])
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }

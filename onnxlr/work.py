@@ -12,9 +12,12 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from onnxlr.errors import OutputError
 from onnxlr.files import replacing
@@ -22,6 +25,8 @@ from onnxlr.gram import Stats
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from numpy.typing import NDArray
 
 DIGITS = 16
 
@@ -45,7 +50,9 @@ class Work:
     def __init__(self, folder: Path | None, source: str) -> None:
         self._folder, self._source = folder, source
         self.resumable = folder is not None
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._numbers = count()
+        self._inner: Path | None = None
+        self._temporary = ExitStack()
 
     @property
     def folder(self) -> Path:
@@ -58,16 +65,43 @@ class Work:
         """
         if self._folder is None:
             try:
-                self._temporary = tempfile.TemporaryDirectory(prefix="onnxlr.")
+                self._folder = Path(self._temporary.enter_context(tempfile.TemporaryDirectory(prefix="onnxlr.")))
             except OSError as error:
                 raise OutputError(f"the temporary folder cannot be made: {error.strerror or error}") from error
-            self._folder = Path(self._temporary.name)
         return self._folder
 
+    @property
+    def scratch(self) -> Path:
+        """A folder in it that goes with the run.
+
+        Raises
+        ------
+        OutputError
+            It cannot be made.
+        """
+        if self._inner is None:
+            try:
+                folder = tempfile.TemporaryDirectory(prefix="scratch.", dir=self.folder)
+                self._inner = Path(self._temporary.enter_context(folder))
+            except OSError as error:
+                raise OutputError(f"{self.folder} cannot be written: {error.strerror or error}") from error
+        return self._inner
+
+    def array(self, array: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The same array in a file that goes with the run, and read from there."""
+        if not array.size:
+            return array
+        path = self.scratch / f"{next(self._numbers)}.f64"
+        try:
+            with path.open("wb") as stream:
+                stream.write(np.ascontiguousarray(array).data)
+        except OSError as error:
+            raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+        return np.memmap(path, np.float64, "r", 0, array.shape)
+
     def close(self) -> None:
-        """Remove the temporary folder."""
-        if self._temporary is not None:
-            self._temporary.cleanup()
+        """Remove what goes with the run."""
+        self._temporary.close()
 
     def path(self, stage: str, settings: object, ending: str) -> Path:
         """The file of a stage's result; `settings` are what it follows from beside model and data."""
@@ -109,4 +143,5 @@ def working(folder: str | Path | None, source: Callable[[], str]) -> Iterator[Wo
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"the folder {folder} cannot be made: {error.strerror or error}") from error
-    yield Work(Path(folder), source())
+    with closing(Work(Path(folder), source())) as work:
+        yield work
