@@ -11,12 +11,13 @@ import numpy as np
 import onnx
 
 from onnxlr.calibrate import INSTEAD, accumulate, data_fingerprint
+from onnxlr.config import FORMS
 from onnxlr.data import IMAGES_KEY, ImageOptions, batches, fixed_batch, load_labels, open_data, shuffled, split
 from onnxlr.errors import ConfigError, DataError, InstallError, ModelError, StatsError
 from onnxlr.export import export_temporarily
 from onnxlr.gram import beside
 from onnxlr.model_io import Model, check, from_proto, load
-from onnxlr.probes import has_gradients
+from onnxlr.probes import has_gradients, probe_key, probes
 from onnxlr.reference import find_reference
 from onnxlr.session import Session
 from onnxlr.shapes import measure_shapes
@@ -132,7 +133,7 @@ def prepare(model: ModelLike, calib: object, config: Config, images: ImageOption
     first = next(batches(islice(calibration, fixed_batch(inputs) or 1), 1, inputs), None)
     if first is None:
         raise DataError(f"{calibration.name}: no sample to calibrate on")
-    inventory = take_inventory(loaded, measure_shapes(loaded, first, provider=config.provider))
+    inventory = take_inventory(loaded, measure_shapes(loaded, first, provider=config.provider)).observing(config.forms)
     weights, held_back = _taking_part(inventory, config)
     return Case(name_of(model), loaded, inputs, calibration, held_out, inventory, weights, held_back, notes)
 
@@ -312,6 +313,17 @@ def require_same_model(stats: Stats, model: Model) -> Stats:
     if stats.model != model.fingerprint():
         raise StatsError("these moments were gathered on another model: run `onnxlr calibrate` on this one")
     return stats
+
+
+def as_gathered(case: Case, stats: Stats, config: Config) -> Case:
+    """The case as `stats` see it: moments that were gathered for all forms serve for fewer as well."""
+    for forms in (config.forms, frozenset(FORMS)):
+        inventory = case.inventory.observing(forms)
+        own = {weight.name: weight for weight in inventory.weights}
+        weights = [own[weight.name] for weight in case.weights]
+        if all(probe_key(probe) in stats.moments for probe in probes(weights, config.objective)):
+            return replace(case, inventory=inventory, weights=weights)
+    return case  # whatever is missing is said where it is looked for
 
 
 def require_same_division(stats: Stats, config: Config) -> Stats:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from onnxlr.bench import compare_latency
 from onnxlr.case import (
+    as_gathered,
     gather,
     load_truth,
     passes_check,
@@ -158,6 +159,7 @@ def _compress(
             stats = gather(case, config, progress, truth, work)
     if stats is not None:
         config, why = resolve(config, stats)
+        case = as_gathered(case, stats, config)
     with clock.stage("prepare"):
         parts = parts_of(case, stats, config)
     plan, result = meet_target(case, parts, config, truth, work, clock, progress)

@@ -140,7 +140,7 @@ def moments_size(stats: Stats, weight: Weight, objective: Objective) -> Size:
             if key not in stats.moments:
                 raise StatsError(
                     f"the moments lack tensor {key!r}, which objective {objective!r} needs at {site.name!r}: "
-                    f"gather them with `onnxlr calibrate --objective {objective}`"
+                    f"gather them with `onnxlr calibrate --objective {objective}`, and with the same --forms"
                 )
             count, width = stats.sizes[key]
             rows[group] += count

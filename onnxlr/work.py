@@ -119,8 +119,9 @@ class Work:
         """Plain values, likewise."""
         path = self.path(stage, settings, ".json")
         if not path.exists():
+            made = json.dumps(make())
             with replacing(path) as temporary:
-                temporary.write_text(json.dumps(make()))
+                temporary.write_text(made)
         return json.loads(path.read_text())
 
 

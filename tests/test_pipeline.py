@@ -16,7 +16,7 @@ import onnxlr
 from onnxlr import Config, Target
 from onnxlr.config import FORMS, Form
 from onnxlr.data import TensorSpec, open_data
-from onnxlr.errors import ConfigError, DataError, GateError
+from onnxlr.errors import ConfigError, DataError, GateError, StatsError
 from onnxlr.model_io import from_proto
 from onnxlr.session import fused_operators
 
@@ -481,3 +481,15 @@ def test_the_sample_model_comes_back_identical_and_full_rank_is_exact(tmp_path: 
     assert all(weight.rank == min(weight.d_in, weight.d_out) for weight in report.weights)
     assert report.validation is not None
     assert 0 < report.validation.error < 1e-5
+
+
+def test_moments_for_all_forms_serve_for_fewer_and_not_the_other_way_round() -> None:
+    model = mlp(sizes=(64, 96, 32, 10))
+    every, few = Config(objective="output", **FINE), Config(objective="output", forms=frozenset({"pair"}), **FINE)
+    wide, narrow = (onnxlr.calibrate(model, FEEDS, config) for config in (every, few))
+    assert sum(dim**2 for _, dim in narrow.sizes.values()) < sum(dim**2 for _, dim in wide.sizes.values())
+    alone, reused = (onnxlr.compress(model, FEEDS, few, stats=stats) for stats in (narrow, wide))
+    assert [(w.form, w.rank) for w in alone.weights] == [(w.form, w.rank) for w in reused.weights]
+    assert alone.validation.error == pytest.approx(reused.validation.error, rel=1e-3)
+    with pytest.raises(StatsError, match="gather them with `onnxlr calibrate --objective output`, and with the same"):
+        onnxlr.compress(model, FEEDS, every, stats=narrow)

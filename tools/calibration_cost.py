@@ -33,7 +33,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 SAMPLE = Path(__file__).parent.parent / "samples" / "fashion_vit"
-PASSES = ("inference", "all rows", "rows auto", "MinMax", "Entropy")
+OWN = ("all rows", "all rows, no width", "rows auto")
+PASSES = ("inference", *OWN, "MinMax", "Entropy")
 BATCH = 8
 
 
@@ -148,7 +149,9 @@ def run(name: str, model: Path, calib: Path, mask: str | None) -> dict[str, floa
         session = Session(loaded)
         for feed in batches(samples, BATCH, inputs):
             session.run(feed)
-    elif name in ("all rows", "rows auto"):
+    elif name in OWN:
+        if name == "all rows, no width":
+            inventory = inventory.observing({"pair", "block", "shared"})
         stats = accumulate(loaded, inventory, samples, inputs, config)
         result["samples"] = stats.samples
     else:

@@ -15,6 +15,7 @@ from onnxlr.cli.options import (
     POSITIVE,
     SHARE,
     common,
+    parse_forms,
     parse_ranks,
     rank_multiple,
     resumed,
@@ -113,6 +114,7 @@ def analyze(
 @click.option("--calib", required=True, help=f"Calibration data: {DATA}")
 @click.option("-o", "--output", required=True, type=FILE, help="Where to write the moments (.safetensors).")
 @click.option("--objective", type=click.Choice(OBJECTIVES), default="auto", help="What the moments are for.")
+@click.option("--forms", default=",".join(FORMS), help="What they are for: without width they are gathered sooner.")
 @click.option("--labels", type=FILE, help="Labels for --loss, one a sample of --calib: .npy, .npz, .txt or .csv.")
 @click.option("--loss", help="Gradients of a loss on --labels: cross-entropy, or module:function.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
@@ -121,7 +123,8 @@ def analyze(
 @running
 @common
 def calibrate(
-    model: Path, calib: str, output: Path, objective: Any, labels: Path | None, force: bool, work: Path | None,
+    model: Path, calib: str, output: Path, objective: Any, forms: str, labels: Path | None, force: bool,
+    work: Path | None,
     images: ImageOptions,
     as_json: bool, quiet: bool, verbose: bool, **settings: Any,
 ) -> None:  # fmt: skip
@@ -134,7 +137,7 @@ def calibrate(
     from onnxlr.files import require_writable
 
     require_writable(output, force=force)
-    config = Config(objective=objective, **settings)
+    config = Config(objective=objective, forms=parse_forms(forms), **settings)
     with progress_bars(quiet) as progress:
         stats = api(
             model, calib, config, labels=labels, images=images, work=work, output=output, force=force, progress=progress
@@ -223,8 +226,7 @@ def compress(
         given = " and ".join(f"--{kind.replace('_', '-')}" for kind in targets)
         raise click.UsageError(f"{given} are given, one target at a time: keep one")
     target = Target(*next(iter(targets.items()))) if targets else Target()
-    chosen: Any = frozenset(form.strip() for form in forms.split(","))
-    config = Config(objective=objective, target=target, ranks=parse_ranks(ranks), forms=chosen, **settings)
+    config = Config(objective=objective, target=target, ranks=parse_ranks(ranks), forms=parse_forms(forms), **settings)
     if report is not None:
         require_writable(report, force=force)
         if report.resolve() == output.resolve():

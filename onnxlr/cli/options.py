@@ -194,6 +194,11 @@ def parse_sizes(text: str) -> list[int]:
     return [int(size) for size in sizes]
 
 
+def parse_forms(text: str) -> frozenset[Any]:
+    """Forms, from FORM,FORM; whether there are such forms is for the configuration to say."""
+    return frozenset(form.strip() for form in text.split(","))
+
+
 def parse_ranks(pairs: Iterable[str]) -> dict[str, int]:
     """Ranks by pattern, from PATTERN=R."""
     ranks = {}

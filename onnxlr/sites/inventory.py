@@ -36,7 +36,7 @@ from onnxlr.sites.unsupported import REASONS, matrices, unsupported
 from onnxlr.surgery import open_graph
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
     import onnx_graphsurgeon as gs
     from numpy.typing import NDArray
@@ -163,6 +163,15 @@ class Inventory:
     def matrix(self, weight: Weight) -> NDArray[np.float64]:
         """`W [d_in, d_out]`, or [groups, d_in, d_out], float64, read from the model now."""
         return _matrix(weight.sites[0], self.nodes, self.view)
+
+    def observing(self, forms: Collection[str]) -> Inventory:
+        """The same, with moments of inputs that are larger than the outputs only where one of `forms` needs them.
+
+        They are those of what a chain makes, for the form "width", and of what several weights read, for "shared".
+        """
+        needed = {chain.consumer for chain in self.chains if "width" in forms}
+        needed |= {name for members in self.shared if "shared" in forms for name in members}
+        return replace(self, weights=tuple(replace(w, needs_input=w.name in needed) for w in self.weights))
 
     def own_bias(self, site: Site) -> NDArray[np.float64] | None:
         """The constant vector [groups * d_out] that the site's own node adds to its output; None for an Add behind."""
