@@ -267,7 +267,7 @@ class Gain:
     """A symmetric positive definite `G [d_out, d_out]` by which errors of an output are weighed, `e G e^T`."""
 
     def __init__(self, gram: Matrix) -> None:
-        self._gram = gram
+        self.gram = gram
 
     @classmethod
     def of(cls, gradients: Moments) -> Gain:
@@ -279,7 +279,7 @@ class Gain:
     @classmethod
     def stacked(cls, gains: Sequence[Gain], scales: Sequence[float]) -> Gain:
         """Block diagonal, for outputs side by side; each multiplied by its scale."""
-        result = cls(scipy.linalg.block_diag(*(scale * gain._gram for gain, scale in zip(gains, scales, strict=True))))
+        result = cls(scipy.linalg.block_diag(*(scale * gain.gram for gain, scale in zip(gains, scales, strict=True))))
         pairs = [(scale**0.5, gain) for gain, scale in zip(gains, scales, strict=True)]
         result.root = scipy.linalg.block_diag(*(root * gain.root for root, gain in pairs))
         result.inverse_root = scipy.linalg.block_diag(*(gain.inverse_root / root for root, gain in pairs))
@@ -287,19 +287,19 @@ class Gain:
 
     def kept(self, features: NDArray[np.intp]) -> Gain:
         """That of some features of the output, in that order."""
-        return Gain(self._gram[np.ix_(features, features)])
+        return Gain(self.gram[np.ix_(features, features)])
 
     @cached_property
     def root(self) -> Matrix:
         """A lower triangular `L` with `L L^T = G`: the weighed error is `|e L|^2`."""
-        lower: Matrix = scipy.linalg.cholesky(self._gram, lower=True, check_finite=False)
+        lower: Matrix = scipy.linalg.cholesky(self.gram, lower=True, check_finite=False)
         return lower
 
     @cached_property
     def inverse_root(self) -> Matrix:
         """`L^-1`."""
         inverse: Matrix = scipy.linalg.solve_triangular(
-            self.root, np.eye(len(self._gram)), lower=True, check_finite=False
+            self.root, np.eye(len(self.gram)), lower=True, check_finite=False
         )
         return inverse
 

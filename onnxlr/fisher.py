@@ -45,6 +45,10 @@ if TYPE_CHECKING:
     from onnxlr.sites import Inventory, Site
 
 
+WIDEST = 16384
+"""Outputs wider than that, vocabularies, have no gradient moments: their square is larger than any model."""
+
+
 def gradient_moments(
     model: Model,
     inventory: Inventory,
@@ -77,7 +81,8 @@ def gradient_moments(
     DataError
         The loss fails on the outputs and labels.
     """
-    sites = {site.output: site for weight in inventory.weights for site in weight.sites if site.output_rows}
+    every = (site for weight in inventory.weights for site in weight.sites)
+    sites = {site.output: site for site in every if site.output_rows and site.d_out <= WIDEST and not site.transposed}
     fingerprint = model.fingerprint()
     how = (config.batch, config.mask, config.loss, None if labels is None else labels.tobytes(), config.holdout_every)
     passes = []

@@ -20,6 +20,7 @@ from onnxlr.factorize import (
     WeighedDecomposition,
     WeightDecomposition,
 )
+from onnxlr.tied import TiedDecomposition
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -52,6 +53,9 @@ class Layer:
         The objective "utilized": project on the subspaces of the data in place of least squares.
     groups
         The layers that it consists of, where it is several.
+    read
+        Of an embedding table that is the output head too: the moments of what the head reads; `moments` are then those
+        of the rows that are gathered.
     """
 
     matrix: Matrix
@@ -60,6 +64,7 @@ class Layer:
     gain: Gain | None = None
     projected: bool = False
     groups: tuple[Layer, ...] = ()
+    read: Moments | None = None
 
     @property
     def d_in(self) -> int:
@@ -75,6 +80,10 @@ class Layer:
         """Prepare to cut at any rank."""
         if self.groups:
             return GroupedDecomposition([layer.decompose() for layer in self.groups])
+        if self.read is not None and self.moments is not None:
+            return TiedDecomposition(
+                self.matrix, self.moments, self.read, None if self.gain is None else self.gain.gram
+            )
         if self.gain is not None:
             root = self.gain.root
             moments = self.moments

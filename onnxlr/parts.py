@@ -9,7 +9,7 @@ from onnxlr.choice import Part
 from onnxlr.errors import ConfigError
 from onnxlr.factorize import Gain
 from onnxlr.layer import Layer, Unread, grouped
-from onnxlr.probes import gradients_reach, moments_size, weight_gradients, weight_moments, without_rows
+from onnxlr.probes import gradients_reach, moments_size, read_moments, weight_gradients, weight_moments, without_rows
 from onnxlr.recent import Recent
 
 if TYPE_CHECKING:
@@ -64,6 +64,10 @@ def _part(case: Case, weight: Weight, stats: Stats | None, config: Config) -> Pa
         projected = config.objective == "utilized"
         moments = weight_moments(stats, case.inventory, weight, config.objective)
         gradients = weight_gradients(stats, weight) if fisher else None
+        if weight.tied:
+            (matrix,) = _matrices(case.inventory.matrix(weight))
+            gain = None if gradients is None else Gain.of(gradients[0])
+            return Layer(matrix, moments[0], True, gain, read=read_moments(stats, weight, config.objective))
         return grouped(
             [
                 Layer(

@@ -41,7 +41,7 @@ def site_probes(weight: Weight, site: Site, objective: Objective) -> list[Probe]
     """What has to be observed at a site for an objective, one a group; nothing where no data are needed or seen."""
     if objective == "weight" or site.unseen:
         return []
-    if objective != "utilized" and weight.observes_output:
+    if objective != "utilized" and weight.observes_output and not site.transposed:
         return [(site.seen_as(site.output), rows) for rows in site.output_rows]
     return [(site.seen_as(site.input), rows) for rows in site.input_rows]
 
@@ -79,7 +79,7 @@ def weight_gradients(stats: Stats, weight: Weight) -> list[Moments] | None:
     """
     if not gradients_reach(stats, weight):
         return None
-    keys = [gradient_keys(site) for site in weight.sites]
+    keys = [gradient_keys(site) for site in weight.sites if not site.transposed]
     return [reduce(add, (stats.moments[key] for key in own)) for own in zip(*keys, strict=True)]
 
 
@@ -93,7 +93,7 @@ def gradients_reach(stats: Stats, weight: Weight) -> bool:
     """
     if not has_gradients(stats):
         raise StatsError("these moments hold no gradients: gather them with `onnxlr calibrate --objective fisher`")
-    keys = [gradient_keys(site) for site in weight.sites]
+    keys = [gradient_keys(site) for site in weight.sites if not site.transposed]
     return all(len(own) >= weight.groups and stats.moments.keys() >= set(own) for own in keys)
 
 
@@ -102,7 +102,8 @@ def weight_moments(stats: Stats, inventory: Inventory, weight: Weight, objective
 
     Where the output is observed, a bias that the operator itself adds is taken off, so that they are those of `x W`.
     A share `UNSEEN` of those of a table is that of all its rows.
-    There are none where no site can be observed; they are of no rows where bodies of If, Loop or Scan never ran.
+    Those of a table that is the output head too are of what is gathered (`read_moments` are those of the head). There
+    are none where no site can be observed; they are of no rows where bodies of If, Loop or Scan never ran.
 
     Raises
     ------
@@ -112,6 +113,8 @@ def weight_moments(stats: Stats, inventory: Inventory, weight: Weight, objective
     moments_size(stats, weight, objective)
     by_site = []
     for site in weight.sites:
+        if site.transposed:
+            continue
         found = []
         for group, probe in enumerate(site_probes(weight, site, objective)):
             moments, bias = stats.moments[probe_key(probe)], inventory.own_bias(site)
@@ -123,6 +126,12 @@ def weight_moments(stats: Stats, inventory: Inventory, weight: Weight, objective
         if found:
             by_site.append(found)
     return [reduce(add, own) for own in zip(*by_site, strict=True)]
+
+
+def read_moments(stats: Stats, weight: Weight, objective: Objective) -> Moments:
+    """The moments of what the output heads of a tied table read."""
+    probes = (probe for site in weight.sites if site.transposed for probe in site_probes(weight, site, objective))
+    return reduce(add, (stats.moments[probe_key(probe)] for probe in probes))
 
 
 def moments_size(stats: Stats, weight: Weight, objective: Objective) -> Size:

@@ -140,7 +140,16 @@ def emit(
             made[named[0]] = make(*named)
         return made[named[0]]
 
-    placed = [_placed(arrays, tensor) for arrays in layouts]
+    turned: dict[str, gs.Tensor] = {}
+
+    def transposed(given: gs.Tensor) -> gs.Tensor:
+        if given.name not in turned:
+            turned[given.name] = gs.Variable(f"{given.name}/turned", dtype=given.dtype)
+            attributes, outputs = {"perm": [1, 0]}, [turned[given.name]]
+            graph.nodes.append(gs.Node("Transpose", f"{given.name}/turned", attributes, [given], outputs))
+        return turned[given.name]
+
+    placed = [_placed(arrays, tensor, transposed) for arrays in layouts]
     narrowed = _narrow(inventory, placed, nodes, tensor)
     for each in placed:
         site, bias = each.site, each.bias
@@ -184,10 +193,16 @@ class _Placed:
     inputs: Index | None
 
 
-def _placed(arrays: SiteArrays, tensor: Callable[[tuple[str, NDArray[Any]]], gs.Tensor]) -> _Placed:
+def _placed(
+    arrays: SiteArrays,
+    tensor: Callable[[tuple[str, NDArray[Any]]], gs.Tensor],
+    transposed: Callable[[gs.Tensor], gs.Tensor],
+) -> _Placed:
     stored = arrays.stored
     first, bias = (None if named is None else tensor(named) for named in (arrays.first, arrays.bias))
     second = tensor(arrays.second)
+    if arrays.site.transposed and first is not None:  # (A B)^T = B^T A^T
+        first, second = transposed(second), transposed(first)
     return _Placed(arrays.site, first, second, bias, stored.window, stored.split, stored.shared, stored.inputs)
 
 
@@ -257,7 +272,7 @@ def new_biases(inventory: Inventory, weight: Weight) -> int:
 
     A bias that other sites share is counted as if it stayed: whether it goes depends on what becomes of them.
     """
-    return sum(_bias_is_new(inventory, site) for site in weight.sites)
+    return 0 if weight.tied else sum(_bias_is_new(inventory, site) for site in weight.sites)
 
 
 def _bias_is_new(inventory: Inventory, site: Site) -> bool:

@@ -16,7 +16,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import get_all_operator_schema
 
 from onnxlr.model_io import from_proto
 from onnxlr.sites import take_inventory
-from onnxlr.sites.inventory import FAMILIES
+from onnxlr.sites.families import FAMILIES
 from onnxlr.sites.macs import COUNTED, UNKNOWN
 from onnxlr.sites.unsupported import LAYOUTS, OPTIMIZED, PACKED, REASONS
 

@@ -107,6 +107,9 @@ class Site:
         The bodies that it lies in, outermost first; none in the main graph.
     unseen
         Why no data can be gathered of it; "" where they can.
+    transposed
+        It multiplies by the transpose of the weight that it belongs to, whose other sites gather rows: `W` of this site
+        is [d, V] where the table is [V, d].
     """
 
     name: str
@@ -129,6 +132,7 @@ class Site:
     module: str | None = None
     bodies: tuple[Body, ...] = ()
     unseen: str = ""
+    transposed: bool = False
 
     @property
     def label(self) -> str:

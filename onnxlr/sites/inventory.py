@@ -8,8 +8,7 @@ their content after every site's weight has been laid out as `W [d_in, d_out]`.
 from __future__ import annotations
 
 import ast
-from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
+from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -17,180 +16,23 @@ import numpy as np
 
 from onnxlr.protos import graphs as protos
 from onnxlr.protos import tensors
-from onnxlr.sites.base import INDEX_TYPES, Family, Refusal, Site
+from onnxlr.sites.base import INDEX_TYPES, Refusal, Site
 from onnxlr.sites.bodies import graphs, refusal, unseen
 from onnxlr.sites.constants import GraphView
-from onnxlr.sites.conv import Conv
-from onnxlr.sites.conv_transpose import ConvTranspose
-from onnxlr.sites.einsum import Einsum
-from onnxlr.sites.front import Attention, FusedGemm, Recurrent
+from onnxlr.sites.families import FAMILIES, by_output, family_of, matrix_of
 from onnxlr.sites.functions import in_functions
-from onnxlr.sites.fused_conv import FusedConv
-from onnxlr.sites.fused_matmul import FusedMatMul
-from onnxlr.sites.gather import Gather
-from onnxlr.sites.gemm import Gemm
 from onnxlr.sites.macs import macs
-from onnxlr.sites.matmul import MatMul
-from onnxlr.sites.structure import Chain, find_chains, shared_inputs
+from onnxlr.sites.structure import find_chains, shared_inputs
 from onnxlr.sites.unsupported import REASONS, matrices, unsupported
+from onnxlr.sites.weight import Inventory, Weight
 from onnxlr.surgery import open_graph
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
     import onnx_graphsurgeon as gs
-    from numpy.typing import NDArray
 
-    from onnxlr.forms import Products, Side
     from onnxlr.model_io import Model
-
-FAMILIES: dict[str, Family] = {
-    op: family
-    for family in (
-        MatMul(),
-        Gemm(),
-        Einsum(),
-        Gather(),
-        Conv(),
-        ConvTranspose(),
-        FusedMatMul(),
-        FusedGemm(),
-        FusedConv(),
-        Attention(),
-        Recurrent(),
-    )
-    for op in family.ops
-}
-"""The family of every operator that can be compressed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Weight:
-    """One weight `W [d_in, d_out]` and the sites that use it.
-
-    `sources` are the stored constants it is read from (several where an exporter copied it), `parameters` their
-    elements together. `macs` are those of all its sites for one sample, None where unknown; `rows` how many rows of one
-    sample the first and the second product of a pair multiply. `needs_input` is set where the moments of its input
-    matter even if its output is smaller: it ends a chain, or others read the same tensor.
-    """
-
-    name: str
-    d_in: int
-    d_out: int
-    dtype: str
-    sites: tuple[Site, ...]
-    sources: tuple[str, ...]
-    parameters: int
-    macs: int | None
-    rows: tuple[float, float] = (0, 0)
-    needs_input: bool = False
-
-    @property
-    def shows_input(self) -> bool:
-        """Whether moments can be gathered of its inputs: no table is among its sites."""
-        return all(site.input_rows for site in self.sites)
-
-    @property
-    def observes_output(self) -> bool:
-        """Whether moments are gathered of its outputs: they are the smaller side, and those of the input not needed.
-
-        Where no tensor shows the input, they have to be.
-        """
-        smaller = not self.needs_input and all(site.observes_output for site in self.sites)
-        return smaller or not self.shows_input
-
-    @property
-    def groups(self) -> int:
-        """The number of its matrices [d_in, d_out], one of which each of its sites has as many of."""
-        return self.sites[0].groups
-
-    def macs_of(self, products: Products) -> float:
-        """Multiply-accumulates of one sample with the weight, or each of its groups, stored as `products`."""
-        rows = self.rows if len(products) == len(self.rows) else (self.rows[0],) * len(products)
-        return self.groups * sum(n * d * e for n, (d, e) in zip(rows, products, strict=True))
-
-    @property
-    def block_sides(self) -> frozenset[Side]:
-        """On which sides all of its sites can be written with an identity block."""
-        return frozenset.intersection(*(site.block_sides for site in self.sites))
-
-    def matches(self, pattern: str) -> bool:
-        """Whether a shell pattern matches its own name, or the name or module of one of its sites."""
-        names = {self.name, *(site.name for site in self.sites), *self.labels}
-        return pattern in names or any(fnmatchcase(name, pattern) for name in names)
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """What people know its sites by."""
-        return tuple(site.label for site in self.sites)
-
-
-@dataclass(frozen=True, slots=True)
-class Inventory:
-    """A model's linear operators.
-
-    Attributes
-    ----------
-    weights
-        What can be compressed.
-    refusals
-        What cannot, and why.
-    parameters
-        Elements of all the model's weights: every constant but those of integer and boolean index types.
-    macs
-        Multiply-accumulates of one sample over all operators whose shapes are known; None without shapes.
-    uncounted
-        Names of the nodes that multiply but whose shapes are unknown, so that `macs` lacks them.
-    chains
-        Weights that make the hidden units of another, with that one.
-    shared
-        Names of weights that read one tensor, two or more at a time.
-    nodes, view
-        The graph that was searched: its nodes by their outputs, and its constants.
-    """
-
-    model: Model
-    weights: tuple[Weight, ...]
-    refusals: tuple[Refusal, ...]
-    parameters: int
-    macs: int | None
-    uncounted: tuple[str, ...]
-    chains: tuple[Chain, ...]
-    shared: tuple[tuple[str, ...], ...]
-    nodes: Mapping[str, gs.Node] = field(repr=False)
-    view: GraphView = field(repr=False)
-
-    def matrix(self, weight: Weight) -> NDArray[np.float64]:
-        """`W [d_in, d_out]`, or [groups, d_in, d_out], float64, read from the model now."""
-        return _matrix(weight.sites[0], self.nodes, self.view)
-
-    def observing(self, forms: Collection[str]) -> Inventory:
-        """The same, with moments of inputs that are larger than the outputs only where one of `forms` needs them.
-
-        They are those of what a chain makes, for the form "width", and of what several weights read, for "shared".
-        """
-        needed = {chain.consumer for chain in self.chains if "width" in forms}
-        needed |= {name for members in self.shared if "shared" in forms for name in members}
-        return replace(self, weights=tuple(replace(w, needs_input=w.name in needed) for w in self.weights))
-
-    def own_bias(self, site: Site) -> NDArray[np.float64] | None:
-        """The constant vector [groups * d_out] that the site's own node adds to its output; None for an Add behind."""
-        if site.bias is None or site.bias.reader != site.output:
-            return None
-        values = self.view.values(self.view.tensors[site.bias.tensor])
-        return site.bias.scale * values.ravel().astype(np.float64)
-
-
-def family_of(node: gs.Node) -> Family | None:
-    """The family that can compress operators like `node`, if there is one."""
-    family = FAMILIES.get(node.op)
-    return family if family is not None and node.domain in family.domains else None
-
-
-def by_output(graph: gs.Graph) -> dict[str, gs.Node]:
-    """The nodes of a graph and of the bodies in it, by each of their outputs."""
-    nodes = (node for scope, _ in graphs(graph) for node in scope.nodes)
-    return {tensor.name: node for node in nodes for tensor in node.outputs if tensor.name}
 
 
 def parameter_count(model: Model) -> int:
@@ -231,7 +73,7 @@ def take_inventory(model: Model, shapes: Mapping[str, tuple[int, ...]] | None = 
             refusals.append(_refusal(node, found, view, shapes))
 
     weights = []
-    for members, finite in _by_content(sites, nodes, view):
+    for members, finite in _with_heads(list(_by_content(sites, nodes, view)), nodes, view):
         sources = _sources(members, view)
         reason = _shared_with_others(members, sources, nodes, view) or _unobservable(members)
         if not finite:
@@ -291,21 +133,17 @@ def _torch_modules(model: Model) -> dict[str, str]:
     return modules
 
 
-def _matrix(site: Site, nodes: Mapping[str, gs.Node], view: GraphView) -> NDArray[np.float64]:
-    return FAMILIES[site.op].matrix(site, nodes[site.output], view.values(view.tensors[site.weight]))
-
-
 def _by_content(sites: list[Site], nodes: Mapping[str, gs.Node], view: GraphView) -> Iterator[tuple[list[Site], bool]]:
     """Groups of sites with equal `W`, in the order of their first site, and whether all of `W` is finite."""
     groups: dict[tuple[tuple[int, ...], str, bytes], list[list[Site]]] = {}
     finite = {}
     for site in sites:
-        matrix = _matrix(site, nodes, view)
+        matrix = matrix_of(site, nodes, view)
         finite[site.output] = bool(np.isfinite(matrix).all())
         sample = matrix[..., :: max(1, site.d_in // 8), :: max(1, site.d_out // 8)].tobytes()
         candidates = groups.setdefault((matrix.shape, site.dtype, sample), [])
         for members in candidates:
-            if np.array_equal(_matrix(members[0], nodes, view), matrix):
+            if np.array_equal(matrix_of(members[0], nodes, view), matrix):
                 members.append(site)
                 break
         else:
@@ -314,6 +152,34 @@ def _by_content(sites: list[Site], nodes: Mapping[str, gs.Node], view: GraphView
     everything = [members for candidates in groups.values() for members in candidates]
     for members in sorted(everything, key=lambda members: order[members[0].output]):
         yield members, finite[members[0].output]
+
+
+def _with_heads(
+    groups: list[tuple[list[Site], bool]], nodes: Mapping[str, gs.Node], view: GraphView
+) -> Iterator[tuple[list[Site], bool]]:
+    """The same groups, but tables of embeddings with the output heads that read the same constant transposed."""
+    heads = {id(members): _sources(members, view) for members, _ in groups if all(map(_is_head, members))}
+    for table, finite in groups:
+        if id(table) in heads:
+            continue
+        own = [] if any(site.input_rows for site in table) else [
+            members for members, _ in groups
+            if heads.get(id(members)) == _sources(table, view)
+            and np.array_equal(matrix_of(members[0], nodes, view).T, matrix_of(table[0], nodes, view))
+        ]  # fmt: skip
+        for members in own:
+            del heads[id(members)]
+        # blocks would need features of the one use among those of the other
+        turned = [
+            replace(site, transposed=True, plain=False, block_sides=frozenset()) for members in own for site in members
+        ]
+        yield [*table, *turned], finite
+    yield from ((members, finite) for members, finite in groups if id(members) in heads)
+
+
+def _is_head(site: Site) -> bool:
+    """Whether it multiplies rows on its left by one whole matrix."""
+    return site.plain and site.layout == (-1, ()) and site.input_axis == site.output_axis == -1
 
 
 def _rows(
@@ -340,7 +206,6 @@ def _shared_with_others(
             if not any(reader is node for node in own):
                 name = reader.name or (reader.outputs[0].name if reader.outputs else "?")
                 reason = f"its weight {source!r} is also read by {reader.op} {name!r}, so a pair would only add to it"
-                # tied the other way round, such as a table and an output head: no one pair is the best of both
                 untied = ": a copy for each of them pays where both ranks are below half the break-even rank"
                 inner = not any(reader is node for node in nodes.values())
                 return reason + (untied if family_of(reader) is not None and not inner else "")
@@ -350,7 +215,7 @@ def _shared_with_others(
 def _unobservable(members: list[Site]) -> str | None:
     """Why neither the input nor the output of all sites of a weight can be observed."""
     table = next((site for site in members if not site.input_rows), None)
-    hidden = next((site for site in members if not site.shows_output), None)
+    hidden = next((site for site in members if not site.shows_output and not site.transposed), None)
     if table is None or hidden is None:
         return None
     return (

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from onnxlr.sites.base import Site
     from onnxlr.sites.constants import GraphView
-    from onnxlr.sites.inventory import Weight
+    from onnxlr.sites.weight import Weight
 
 ELEMENTWISE = frozenset(
     {
