@@ -69,6 +69,10 @@ class OutputParity:
     count: int
 
 
+class CandidateError(DataError):
+    """The candidate's outputs are not finite where those of the reference are looked at."""
+
+
 class OutputComparison:
     """Accumulates one output of a reference and a candidate, batch by batch."""
 
@@ -148,7 +152,7 @@ class OutputComparison:
         block = rows[start : start + step].astype(np.float64)
         bad = block.size - int(np.count_nonzero(np.isfinite(block)))
         if bad:
-            raise DataError(
+            raise (CandidateError if whose == "candidate" else DataError)(
                 f"output {self.name!r} of the {whose} model holds NaN or infinity ({bad} of {block.size} values "
                 "looked at): no error can be measured on it; find the sample, or leave this output out"
             )

@@ -18,7 +18,7 @@ import onnx_graphsurgeon as gs
 from onnxlr.data import batches, sample_count
 from onnxlr.errors import RangeError
 from onnxlr.forms import Stored
-from onnxlr.metrics import MeanMetric, load_metric, relative_error
+from onnxlr.metrics import CandidateError, MeanMetric, load_metric, relative_error
 from onnxlr.rewrite import emit, lay_out, put_in_place
 from onnxlr.session import Session
 from onnxlr.validate import compare
@@ -99,6 +99,8 @@ class Trial:
             return gs.Variable(name, dtype=array.dtype)
 
         model = emit(self._inventory, layouts, make, put=self._put)
+        # before, a weight that only bodies read had to be an input of the graph
+        model.proto.ir_version = max(4, model.proto.ir_version)
         inputs = model.proto.graph.input
         for name, array in free.items():
             element = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
@@ -157,7 +159,7 @@ class Trial:
     def error(self, factors: Mapping[str, Factors], observed: Observed) -> float:
         """The relative error of the outputs with the weights in `factors` cut and all others dense.
 
-        Infinite where the model's element type cannot hold a factor.
+        Infinite where the model's element type cannot hold a factor, or an output is not finite then.
         """
         runs = (
             (feed, reference, candidate)
@@ -165,7 +167,7 @@ class Trial:
         )
         try:
             return relative_error(compare(runs, mask=self._mask))
-        except RangeError:
+        except (RangeError, CandidateError):
             return inf
 
     def metric(self, factors: Mapping[str, Factors], observed: Observed) -> float:

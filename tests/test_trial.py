@@ -172,3 +172,26 @@ def test_padding_does_not_count() -> None:
     assert errors["mask"] == pytest.approx(relative(dense[mask == 1], other[mask == 1]), rel=1e-5)
     assert errors[None] == pytest.approx(relative(dense, other), rel=1e-5)
     assert errors["mask"] != pytest.approx(errors[None], rel=1e-2)
+
+
+def test_initializers_that_are_inputs_of_an_old_model() -> None:
+    model = parsed("(float[N, 6] x, float[6, 5] w) => (float[N, 5] y)", "y = MatMul(x, w)", ir=3, w=random(1, 6, 5))
+    inventory = take_inventory(model)
+    inputs = [spec for spec in Session(model).inputs if spec.name == "x"]
+    trial = Trial(inventory, inventory.weights, inputs, CONFIG, corrected=False)
+    observed = trial.observe({"x": X[i : i + 1]} for i in range(len(X)))
+    pair = WeightDecomposition(inventory.matrix(inventory.weights[0])).cut(2)
+    kept = X @ (pair.first @ pair.second).astype(np.float32)
+    assert trial.error({"w": pair}, observed) == pytest.approx(relative(X @ random(1, 6, 5), kept), rel=1e-4)
+
+
+def test_outputs_that_are_not_finite_any_more_are_an_infinite_error() -> None:
+    w = np.abs(random(1, 6, 5))
+    model = parsed("(float[N, 6] x) => (float[N, 5] y)", "a = Abs(x) b = MatMul(a, w) y = Log(b)", w=w)
+    inventory = take_inventory(model)
+    trial = Trial(inventory, inventory.weights, Session(model).inputs, CONFIG, corrected=False)
+    observed = trial.observe({"x": X[i : i + 1]} for i in range(len(X)))
+    negative = Factors(-np.ones((6, 1)), np.ones((1, 5)), None)
+    assert trial.error({"w": negative}, observed) == np.inf
+    trial.rest()
+    assert trial.error({}, observed) == 0.0
