@@ -15,6 +15,7 @@ import numpy as np
 from onnxlr.factorize import (
     Gain,
     GroupedDecomposition,
+    InputDecomposition,
     OutputDecomposition,
     UtilizedDecomposition,
     WeighedDecomposition,
@@ -75,6 +76,9 @@ class Layer:
         """Prepare to cut at any rank."""
         if self.groups:
             return GroupedDecomposition([layer.decompose() for layer in self.groups])
+        if self._by_inputs:
+            assert self.moments is not None
+            return InputDecomposition(self.matrix, self.moments, self.gain)
         if self.gain is not None:
             root = self.gain.root
             moments = self.moments
@@ -87,6 +91,10 @@ class Layer:
         if self.projected:
             return UtilizedDecomposition(self.matrix, self.moments)
         return OutputDecomposition(self.matrix, self.moments, observed_output=self.observed_output)
+
+    @property
+    def _by_inputs(self) -> bool:
+        return self.moments is not None and not (self.observed_output or self.projected) and self.d_in < self.d_out
 
     def narrowed_outputs(self, kept: Index) -> Layer:
         """The layer with some of its outputs only."""
@@ -123,5 +131,5 @@ def stacked(layers: Sequence[Layer], scales: Sequence[float]) -> Layer:
 
     Moments have to be those of the input.
     """
-    gains = [layer.gain or Gain(np.eye(layer.d_out)) for layer in layers]
+    gains = [layer.gain or Gain(np.ones(layer.d_out)) for layer in layers]
     return replace(layers[0], matrix=np.hstack([layer.matrix for layer in layers]), gain=Gain.stacked(gains, scales))
