@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import scipy.linalg
 
-from onnxlr.spectrum import Spectrum, eigen, output_spectrum, rank_for_energy
+from onnxlr.spectrum import eigen, eigenvalues, output_spectrum, rank_for_energy
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -88,18 +88,22 @@ class Decomposition(Protocol):
         """Balanced factors of rank `rank`."""
 
     def unbalanced(self, rank: int) -> Factors:
-        """The same product as it comes, for those who go on to change it."""
+        """The same product as it comes, for less: for those who only try it."""
 
     def cut_by_energy(self, energy: float, rank: int) -> tuple[Factors, float]:
         """Balanced factors that keep the share `energy`, at a rank of at least `rank_for(energy)`, and their damage."""
+
+
+def tails(energies: Matrix) -> Matrix:
+    """What is lost at every rank from 0 to the full one [k + 1], of directions of falling energy [k]."""
+    return np.append(np.cumsum(energies[::-1])[::-1], 0.0)
 
 
 class _Ordered(ABC):
     """Directions of falling energy [k]: the damage of a cut is the energy of the tail."""
 
     def __init__(self, energies: Matrix) -> None:
-        self._energies = energies
-        self._tails = np.append(np.cumsum(energies[::-1])[::-1], 0.0)
+        self._energies, self._tails = energies, tails(energies)
 
     @property
     def total(self) -> float:
@@ -207,7 +211,7 @@ class InputDecomposition(_Ordered):
 
     def __init__(self, weight: Matrix, moments: Moments, gain: Gain | None = None, *, ridge: float = RIDGE) -> None:
         self._weight, self._mean = weight, moments.mean
-        covariance, gram = moments.covariance, weight @ weight.T if gain is None else gain.between(weight)
+        covariance, gram = moments.covariance, _between(weight, gain)
         root = _root_of_inputs(covariance, gram, moments, ridge)
         spectrum = eigen(root @ gram @ root.T)
         self._first: Matrix = scipy.linalg.solve_triangular(root, spectrum.vectors, check_finite=False)
@@ -221,18 +225,46 @@ class InputDecomposition(_Ordered):
         return Factors(first, reading.T @ self._weight, bias)
 
 
+def _between(weight: Matrix, gain: Gain | None) -> Matrix:
+    return weight @ weight.T if gain is None else gain.between(weight)
+
+
 def _root_of_inputs(covariance: Matrix, gram: Matrix, moments: Moments, ridge: float) -> Matrix:
     """An upper triangular `R`, of `R^T R` the covariance with the ridge that the gram of the weight gives."""
     energy = float(np.vdot(covariance, gram))
     if energy <= _floor(moments, float(moments.mean @ gram @ moments.mean)):
         return np.eye(len(gram))
     level = ridge * energy / max(float(np.trace(gram)), np.finfo(np.float64).tiny)
-    # what rounding may make of eigenvalues that are 0
-    level += len(gram) * np.finfo(np.float64).eps * float(np.trace(covariance))
-    padded = covariance.copy()
-    padded.flat[:: len(gram) + 1] += level
-    root: Matrix = scipy.linalg.cholesky(padded, overwrite_a=True, check_finite=False)
-    return root
+    # less is what rounding makes of eigenvalues that are 0, most of all beside a large mean
+    level = max(level, float(np.finfo(np.float64).eps * np.trace(moments.second)), np.finfo(np.float64).tiny)
+    while True:
+        padded = covariance.copy()
+        padded.flat[:: len(gram) + 1] += level
+        try:
+            root: Matrix = scipy.linalg.cholesky(padded, overwrite_a=True, check_finite=False)
+        except np.linalg.LinAlgError:
+            level *= 4
+        else:
+            return root
+
+
+def foreseen_by_inputs(weight: Matrix, moments: Moments, gain: Gain | None) -> Matrix:
+    """What `InputDecomposition` loses at every rank [d_in + 1], by eigenvalues alone.
+
+    The ridge counts too: it adds at most the share `RIDGE` of the whole.
+    """
+    gram = _between(weight, gain)
+    root = _root_of_inputs(moments.covariance, gram, moments, RIDGE)
+    return tails(eigenvalues(root @ gram @ root.T))
+
+
+def foreseen_by_outputs(weight: Matrix, moments: Moments, *, observed_output: bool) -> Matrix:
+    """What `OutputDecomposition` loses at every rank [min(d_in, d_out) + 1], by eigenvalues alone.
+
+    Of the best directions: those of the decomposition, chosen with a ridge, lose at most the share `RIDGE` more.
+    """
+    outputs = _of_outputs(weight, moments, observed_output=observed_output)
+    return tails(eigenvalues(outputs)[: min(weight.shape)])
 
 
 class WeighedDecomposition:
@@ -350,9 +382,7 @@ class Gain:
     def root(self) -> Matrix:
         """A lower triangular `L` with `L L^T = G`: the weighed error is `|e L|^2`."""
         roots = (
-            np.diag(np.sqrt(block))
-            if block.ndim == 1
-            else scipy.linalg.cholesky(block, lower=True, check_finite=False)
+            np.diag(np.sqrt(block)) if block.ndim == 1 else scipy.linalg.cholesky(block, lower=True, check_finite=False)
             for block in self._blocks
         )
         root: Matrix = scipy.linalg.block_diag(*roots)
@@ -409,6 +439,17 @@ class UtilizedDecomposition:
         if k_input <= k_output:
             return balanced(Factors(seen, core @ used.T, None))
         return balanced(Factors(seen @ core, used.T, None))
+
+
+def evened(factors: Factors) -> Factors:
+    """The same product with every column of the first factor as long as its row of the second.
+
+    For next to nothing, and enough to hold the numbers of both in the range of one type.
+    """
+    columns, rows = np.linalg.norm(factors.first, axis=-2), np.linalg.norm(factors.second, axis=-1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scale = np.where((columns > 0) & (rows > 0), np.sqrt(rows / columns), 1.0)
+    return Factors(factors.first * scale[..., None, :], factors.second / scale[..., :, None], factors.bias)
 
 
 def balanced(factors: Factors) -> Factors:
