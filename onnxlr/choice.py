@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
+from onnxlr.factorize import evened
 from onnxlr.forms import Stored
 from onnxlr.layer import Unread
 from onnxlr.recent import decomposed
@@ -85,8 +86,9 @@ class Choice:
     damages
         By weight: the squared relative error of the model's outputs that is predicted for it.
     store
-        Makes the arrays of the weights that are not left as they are. Blocks are made of their pairs only when its
-        argument says so: the product is the same. Raises `BadlyConditionedError`.
+        Makes the arrays of the weights that are not left as they are. Its argument says whether they are final: until
+        then pairs are not balanced, and no blocks made of them, which leaves the products the same. Raises
+        `BadlyConditionedError`.
     cost
         Of the whole model, where a planner chose.
     """
@@ -135,6 +137,11 @@ class Narrowing:
         """`stored`, known to be narrowed, its bias added to."""
         bias = stored.bias if self.bias is None else self.bias + (0.0 if stored.bias is None else stored.bias)
         return replace(stored, inputs=self.inputs, outputs=self.outputs, bias=bias)
+
+
+def cut(decomposition: Decomposition, rank: int, *, final: bool) -> Factors:
+    """Balanced factors; of those that are only tried the lengths are even."""
+    return decomposition.cut(rank) if final else evened(decomposition.unbalanced(rank))
 
 
 @dataclass(frozen=True)
@@ -197,12 +204,13 @@ class Part:
 
     @cached_property
     def decomposition(self) -> Decomposition:
-        """Made when it is needed first."""
-        return decomposed(lambda: self.layer.decompose(), self.memory)
+        """Made when it is needed first; of what is narrowed only the damages are, until it is chosen."""
+        foresee = None if self.narrowing is None else lambda: self.layer.foresee()
+        return decomposed(lambda: self.layer.decompose(), self.memory, foresee)
 
-    def pair(self, rank: int) -> Stored:
-        """Its two factors."""
-        return self.put(self.decomposition.cut(rank))
+    def pair(self, rank: int, *, final: bool = True) -> Stored:
+        """Its two factors; unless they are `final` only their product counts, and it is had for less."""
+        return self.put(cut(self.decomposition, rank, final=final))
 
     def put(self, factors: Factors) -> Stored:
         """Factors of its layer as what is stored."""

@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import scipy.linalg
 
-from onnxlr.spectrum import Spectrum, eigen, output_spectrum, rank_for_energy
+from onnxlr.spectrum import eigen, eigenvalues, output_spectrum, rank_for_energy
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -88,18 +88,22 @@ class Decomposition(Protocol):
         """Balanced factors of rank `rank`."""
 
     def unbalanced(self, rank: int) -> Factors:
-        """The same product as it comes, for those who go on to change it."""
+        """The same product as it comes, for less: for those who only try it."""
 
     def cut_by_energy(self, energy: float, rank: int) -> tuple[Factors, float]:
         """Balanced factors that keep the share `energy`, at a rank of at least `rank_for(energy)`, and their damage."""
+
+
+def tails(energies: Matrix) -> Matrix:
+    """What is lost at every rank from 0 to the full one [k + 1], of directions of falling energy [k]."""
+    return np.append(np.cumsum(energies[::-1])[::-1], 0.0)
 
 
 class _Ordered(ABC):
     """Directions of falling energy [k]: the damage of a cut is the energy of the tail."""
 
     def __init__(self, energies: Matrix) -> None:
-        self._energies = energies
-        self._tails = np.append(np.cumsum(energies[::-1])[::-1], 0.0)
+        self._energies, self._tails = energies, tails(energies)
 
     @property
     def total(self) -> float:
@@ -137,7 +141,7 @@ class WeightDecomposition(_Ordered):
 
 
 class OutputDecomposition(_Ordered):
-    """The objective "output" for `weight [d_in, d_out]`.
+    """The objective "output" for `weight [d_in, d_out]`, by the covariance of its outputs [d_out, d_out].
 
     Parameters
     ----------
@@ -157,38 +161,110 @@ class OutputDecomposition(_Ordered):
     ) -> None:
         self._weight = weight
         self._mean = moments.mean if observed_output else moments.mean @ weight
-        # less is what rounding leaves of the covariance of a constant
-        floor = np.finfo(np.float64).eps * max(moments.count, moments.dim) * float(self._mean @ self._mean)
-        covariance = moments.covariance
-        if observed_output:
-            self._basis = self._of_output(covariance, ridge, floor).vectors[:, : min(weight.shape)]
-        else:
-            self._basis = self._of_input(covariance, ridge, floor).vectors
-        seen = self._basis if observed_output else weight @ self._basis
-        super().__init__(np.maximum(np.einsum("ir,ir->r", seen, covariance @ seen), 0.0))
-
-    def _of_output(self, covariance: Matrix, ridge: float, floor: float) -> Spectrum:
-        gram = self._weight.T @ self._weight
-        energy = np.trace(covariance)
-        if energy <= floor:
-            return eigen(gram)
-        return eigen(covariance + ridge * energy / max(np.trace(gram), np.finfo(np.float64).tiny) * gram)
-
-    def _of_input(self, covariance: Matrix, ridge: float, floor: float) -> Spectrum:
-        if self._weight.shape[1] < self._weight.shape[0]:
-            return self._of_output(self._weight.T @ covariance @ self._weight, ridge, floor)
-        squared = max(float(np.sum(self._weight**2)), np.finfo(np.float64).tiny)
-        energy = float(np.sum(self._weight * (covariance @ self._weight)))
-        if energy <= floor:
-            return output_spectrum(self._weight, eigen(np.eye(len(covariance))))
-        inputs = eigen(covariance)
-        # added to the spectrum, where what rounding made negative is 0 already: every direction keeps its ridge
-        return output_spectrum(self._weight, Spectrum(inputs.values + ridge * energy / squared, inputs.vectors))
+        outputs = _of_outputs(weight, moments, observed_output=observed_output)
+        self._basis = eigen(_ridged(outputs, weight, moments, self._mean, ridge)).vectors[:, : min(weight.shape)]
+        super().__init__(np.maximum(np.einsum("ir,ir->r", self._basis, outputs @ self._basis), 0.0))
 
     def unbalanced(self, rank: int) -> Factors:
         kept = self._basis[:, :rank]
         bias = self._mean - (self._mean @ kept) @ kept.T
         return Factors(self._weight @ kept, kept.T, bias)
+
+
+def _of_outputs(weight: Matrix, moments: Moments, *, observed_output: bool) -> Matrix:
+    covariance = moments.covariance
+    return covariance if observed_output else weight.T @ (covariance @ weight)
+
+
+def _ridged(outputs: Matrix, weight: Matrix, moments: Moments, mean: Matrix, ridge: float) -> Matrix:
+    """What orders the directions of the output; its covariance is left as it is."""
+    gram = weight.T @ weight
+    energy = float(np.trace(outputs))
+    if energy <= _floor(moments, float(mean @ mean)):
+        return gram
+    gram *= ridge * energy / max(float(np.trace(gram)), np.finfo(np.float64).tiny)
+    gram += outputs
+    return gram
+
+
+def _floor(moments: Moments, squared_mean: float) -> float:
+    """An energy below is what rounding leaves of the covariance of a constant."""
+    return float(np.finfo(np.float64).eps * max(moments.count, moments.dim) * squared_mean)
+
+
+class InputDecomposition(_Ordered):
+    """The objectives "output" and "fisher" for `weight [d_in, d_out]`, by a matrix of [d_in, d_in].
+
+    With `R^T R` the regularised covariance of the input, the left singular vectors `U` of `R W L` are the eigenvectors
+    of `R (W G W^T) R^T`, and `W ~ R^-1 U U^T R W`: neither `L` nor its inverse is needed. For weights with more outputs
+    than inputs, whose covariance of outputs would be larger and singular.
+
+    Parameters
+    ----------
+    weight
+        `W`, float64.
+    moments
+        Of the rows of the input `x` [d_in].
+    gain
+        `G`; None for the identity.
+    """
+
+    def __init__(self, weight: Matrix, moments: Moments, gain: Gain | None = None, *, ridge: float = RIDGE) -> None:
+        self._weight, self._mean = weight, moments.mean
+        covariance, gram = moments.covariance, _between(weight, gain)
+        root = _root_of_inputs(covariance, gram, moments, ridge)
+        spectrum = eigen(root @ gram @ root.T)
+        self._first: Matrix = scipy.linalg.solve_triangular(root, spectrum.vectors, check_finite=False)
+        self._reading = root.T @ spectrum.vectors
+        shares = np.einsum("ir,ir->r", self._first, covariance @ self._first)
+        super().__init__(spectrum.values * np.maximum(shares, 0.0))
+
+    def unbalanced(self, rank: int) -> Factors:
+        first, reading = self._first[:, :rank], self._reading[:, :rank]
+        bias = (self._mean - (self._mean @ first) @ reading.T) @ self._weight
+        return Factors(first, reading.T @ self._weight, bias)
+
+
+def _between(weight: Matrix, gain: Gain | None) -> Matrix:
+    return weight @ weight.T if gain is None else gain.between(weight)
+
+
+def _root_of_inputs(covariance: Matrix, gram: Matrix, moments: Moments, ridge: float) -> Matrix:
+    """An upper triangular `R`, of `R^T R` the covariance with the ridge that the gram of the weight gives."""
+    energy = float(np.vdot(covariance, gram))
+    if energy <= _floor(moments, float(moments.mean @ gram @ moments.mean)):
+        return np.eye(len(gram))
+    level = ridge * energy / max(float(np.trace(gram)), np.finfo(np.float64).tiny)
+    # less is what rounding makes of eigenvalues that are 0, most of all beside a large mean
+    level = max(level, float(np.finfo(np.float64).eps * np.trace(moments.second)), np.finfo(np.float64).tiny)
+    while True:
+        padded = covariance.copy()
+        padded.flat[:: len(gram) + 1] += level
+        try:
+            root: Matrix = scipy.linalg.cholesky(padded, overwrite_a=True, check_finite=False)
+        except np.linalg.LinAlgError:
+            level *= 4
+        else:
+            return root
+
+
+def foreseen_by_inputs(weight: Matrix, moments: Moments, gain: Gain | None) -> Matrix:
+    """What `InputDecomposition` loses at every rank [d_in + 1], by eigenvalues alone.
+
+    The ridge counts too: it adds at most the share `RIDGE` of the whole.
+    """
+    gram = _between(weight, gain)
+    root = _root_of_inputs(moments.covariance, gram, moments, RIDGE)
+    return tails(eigenvalues(root @ gram @ root.T))
+
+
+def foreseen_by_outputs(weight: Matrix, moments: Moments, *, observed_output: bool) -> Matrix:
+    """What `OutputDecomposition` loses at every rank [min(d_in, d_out) + 1], by eigenvalues alone.
+
+    Of the best directions: those of the decomposition, chosen with a ridge, lose at most the share `RIDGE` more.
+    """
+    outputs = _of_outputs(weight, moments, observed_output=observed_output)
+    return tails(eigenvalues(outputs)[: min(weight.shape)])
 
 
 class WeighedDecomposition:
@@ -264,42 +340,59 @@ def _side_by_side(cuts: Sequence[Factors]) -> Factors:
 
 
 class Gain:
-    """A symmetric positive definite `G [d_out, d_out]` by which errors of an output are weighed, `e G e^T`."""
+    """A symmetric positive definite `G [d_out, d_out]` by which errors of an output are weighed, `e G e^T`.
 
-    def __init__(self, gram: Matrix) -> None:
-        self.gram = gram
+    Block diagonal, of one block or several; a block that is a vector stands for a diagonal.
+    """
+
+    def __init__(self, *blocks: Matrix) -> None:
+        self._blocks = blocks
 
     @classmethod
     def of(cls, gradients: Moments) -> Gain:
         """`E[g^T g]` of the network's gradients at an output, regularised; the identity where there are none."""
         gram = gradients.second
         scale = float(np.trace(gram)) / len(gram)
-        return cls(gram + SHRINKAGE * scale * np.eye(len(gram)) if scale > 0 else np.eye(len(gram)))
+        if not scale > 0:
+            return cls(np.ones(len(gram)))
+        gram.flat[:: len(gram) + 1] += SHRINKAGE * scale
+        return cls(gram)
 
     @classmethod
     def stacked(cls, gains: Sequence[Gain], scales: Sequence[float]) -> Gain:
-        """Block diagonal, for outputs side by side; each multiplied by its scale."""
-        result = cls(scipy.linalg.block_diag(*(scale * gain.gram for gain, scale in zip(gains, scales, strict=True))))
-        pairs = [(scale**0.5, gain) for gain, scale in zip(gains, scales, strict=True)]
-        result.root = scipy.linalg.block_diag(*(root * gain.root for root, gain in pairs))
-        result.inverse_root = scipy.linalg.block_diag(*(gain.inverse_root / root for root, gain in pairs))
-        return result
+        """That of outputs side by side; each multiplied by its scale."""
+        pairs = zip(gains, scales, strict=True)
+        return cls(*(scale * block for gain, scale in pairs for block in gain._blocks))
 
     def kept(self, features: NDArray[np.intp]) -> Gain:
         """That of some features of the output, in that order."""
-        return Gain(self.gram[np.ix_(features, features)])
+        (block,) = self._blocks
+        return Gain(block[features] if block.ndim == 1 else block[np.ix_(features, features)])
+
+    def between(self, weight: Matrix) -> Matrix:
+        """`W G W^T [d_in, d_in]` of `W [d_in, d_out]`."""
+        result, start = np.zeros((len(weight), len(weight))), 0
+        for block in self._blocks:
+            own = weight[:, start : start + len(block)]
+            result += (own * block if block.ndim == 1 else own @ block) @ own.T
+            start += len(block)
+        return result
 
     @cached_property
     def root(self) -> Matrix:
         """A lower triangular `L` with `L L^T = G`: the weighed error is `|e L|^2`."""
-        lower: Matrix = scipy.linalg.cholesky(self.gram, lower=True, check_finite=False)
-        return lower
+        roots = (
+            np.diag(np.sqrt(block)) if block.ndim == 1 else scipy.linalg.cholesky(block, lower=True, check_finite=False)
+            for block in self._blocks
+        )
+        root: Matrix = scipy.linalg.block_diag(*roots)
+        return root
 
     @cached_property
     def inverse_root(self) -> Matrix:
         """`L^-1`."""
         inverse: Matrix = scipy.linalg.solve_triangular(
-            self.root, np.eye(len(self.gram)), lower=True, check_finite=False
+            self.root, np.eye(len(self.root)), lower=True, check_finite=False
         )
         return inverse
 
@@ -346,6 +439,17 @@ class UtilizedDecomposition:
         if k_input <= k_output:
             return balanced(Factors(seen, core @ used.T, None))
         return balanced(Factors(seen @ core, used.T, None))
+
+
+def evened(factors: Factors) -> Factors:
+    """The same product with every column of the first factor as long as its row of the second.
+
+    For next to nothing, and enough to hold the numbers of both in the range of one type.
+    """
+    columns, rows = np.linalg.norm(factors.first, axis=-2), np.linalg.norm(factors.second, axis=-1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scale = np.where((columns > 0) & (rows > 0), np.sqrt(rows / columns), 1.0)
+    return Factors(factors.first * scale[..., None, :], factors.second / scale[..., :, None], factors.bias)
 
 
 def balanced(factors: Factors) -> Factors:

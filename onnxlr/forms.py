@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import scipy.linalg
 
-from onnxlr.factorize import Factors
+from onnxlr.factorize import Factors, balanced
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -86,6 +86,13 @@ class Stored:
     def pair(cls, factors: Factors) -> Stored:
         """Two factors as they are."""
         return cls(factors.first, factors.second, factors.bias)
+
+    def balanced(self) -> Stored:
+        """A pair, with the singular values of its product split evenly; dense as it is."""
+        if self.first is None:
+            return self
+        even = balanced(Factors(self.first, self.second, None))
+        return replace(self, first=even.first, second=even.second)
 
     @property
     def rank(self) -> int | None:

@@ -94,7 +94,9 @@ class Moments:
     @property
     def covariance(self) -> NDArray[np.float64]:
         """`C - mu^T mu`, shape [d, d]."""
-        return self.second - np.outer(self.mean, self.mean)
+        result = self.second
+        result -= np.outer(self.mean, self.mean)
+        return result
 
     @property
     def rank_deficient(self) -> bool:

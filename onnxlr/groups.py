@@ -25,6 +25,7 @@ from onnxlr.choice import (
     Part,
     best_side,
     block_ranks,
+    cut,
     pair_ranks,
     ranks,
     width_key,
@@ -106,9 +107,11 @@ class Single:
         part = self.part
         cost = terms.price(part, pair_products(part.d_in, part.d_out, rank))
         damage = terms.damage(part.name, part.decomposition.damage(rank))
-        cut = Cut("pair", rank, part.width)
+        how = Cut("pair", rank, part.width)
         return Option(
-            Choice({part.name: cut}, {part.name: damage}, lambda _: {part.name: part.pair(rank)}), cost, damage
+            Choice({part.name: how}, {part.name: damage}, lambda final: {part.name: part.pair(rank, final=final)}),
+            cost,
+            damage,
         )
 
     def _blocks(self, terms: Terms) -> Iterator[Option[Choice]]:
@@ -129,7 +132,7 @@ class Single:
         part = self.part
 
         def store(final: bool) -> dict[str, Stored]:
-            pair = part.pair(rank)
+            pair = part.pair(rank, final=final)
             if not final:
                 return {part.name: pair}
             assert pair.first is not None
@@ -143,10 +146,11 @@ class Single:
 
 
 class Shared:
-    """Weights that read one tensor."""
+    """Weights that read one tensor; what they have in common is decomposed by their importances."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = tuple(parts)
+        self._stacked: tuple[tuple[float, ...], Decomposition] | None = None
 
     def options(self, terms: Terms) -> list[Option[Choice]]:
         apart = _side_by_side(self.parts, terms)
@@ -154,15 +158,25 @@ class Shared:
         most = max(importances)
         if not 0 < most < np.inf or not terms.config.forms & {"pair", "block"}:
             return apart
-        scales = [max(importance, LEAST_SCALE * most) for importance in importances]
-        together = decomposed(lambda: stacked([p.layer for p in self.parts], scales).decompose(), self.parts[0].memory)
-        return [*apart, *self._together(together, terms)]
+        # to so many digits, so that importances which one factor multiplied find what was made before
+        scales = tuple(max(round(importance / most, 12), LEAST_SCALE) for importance in importances)
+        return [*apart, *self._together(self._decomposed(scales), most, terms)]
 
-    def _together(self, decomposition: Decomposition, terms: Terms) -> Iterator[Option[Choice]]:
+    def _decomposed(self, scales: tuple[float, ...]) -> Decomposition:
+        if self._stacked is None or self._stacked[0] != scales:
+
+            def together() -> Layer:
+                return stacked([part.layer for part in self.parts], scales)
+
+            made = decomposed(lambda: together().decompose(), self.parts[0].memory, lambda: together().foresee())
+            self._stacked = scales, made
+        return self._stacked[1]
+
+    def _together(self, decomposition: Decomposition, scale: float, terms: Terms) -> Iterator[Option[Choice]]:
         d_in, widths = self.parts[0].d_in, [part.d_out for part in self.parts]
         blocks = all("input" in part.weight.block_sides for part in self.parts)
         for rank in ranks(terms.config, min(d_in, sum(widths))):
-            damage = decomposition.damage(rank)
+            damage = scale * decomposition.damage(rank)
             # the least gain in error is spread over the weights by their share of the parameters
             damages = {p.name: damage * width / sum(widths) for p, width in zip(self.parts, widths, strict=True)}
             seconds = sum(terms.price(part, ((rank, width),)) for part, width in zip(self.parts, widths, strict=True))
@@ -179,7 +193,7 @@ class Shared:
         self, rank: int, form: Literal["pair", "block"], damages: Mapping[str, float], decomposition: Decomposition
     ) -> Choice:
         def store(final: bool) -> dict[str, Stored]:
-            factors = decomposition.cut(rank)
+            factors = cut(decomposition, rank, final=final)
             pairs = self._split(factors)
             if final and form == "block":
                 window, dtype = best_window(factors.first, "input"), self.parts[0].weight.dtype
@@ -298,7 +312,8 @@ class Chained:
                 or any(sides[part.name] not in part.weight.block_sides for part in blocks)
             ):
                 raise
-        stored = {part.name: Stored(None, part.layer.matrix, None) for part in self.parts} | choice.store(False)
+        stored = {part.name: Stored(None, part.layer.matrix, None) for part in self.parts}
+        stored |= {name: pair.balanced() for name, pair in choice.store(False).items()}
         result = blocks_among_units(stored, sides, [part.name for part in blocks], units)
         bad = [
             (part.name, cut.width, cut.rank or 0)

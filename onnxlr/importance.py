@@ -93,7 +93,8 @@ def _alone(part: Part, trial: Trial, probed: Observed, config: Config, least: fl
     damage = part.decomposition.damage(rank)
     if damage <= 0:
         return 0.0
-    return _importance(part, trial.error(factors([part], {part.name: part.pair(rank)}), probed), damage, least)
+    pair = factors([part], {part.name: part.pair(rank, final=False)})
+    return _importance(part, trial.error(pair, probed), damage, least)
 
 
 def _importance(part: Part, error: float, damage: float, least: float) -> float:

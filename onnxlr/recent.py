@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import numpy as np
+    from numpy.typing import NDArray
+
     from onnxlr.factorize import Decomposition, Factors
 
 
@@ -43,8 +46,13 @@ class Recent:
 class _Remade:
     """A decomposition of which only the damages are kept for good."""
 
-    def __init__(self, make: Callable[[], Decomposition], recent: Recent) -> None:
-        self._make, self._recent = make, recent
+    def __init__(
+        self,
+        make: Callable[[], Decomposition],
+        recent: Recent,
+        foresee: Callable[[], NDArray[np.float64]] | None,
+    ) -> None:
+        self._make, self._recent, self._foresee = make, recent, foresee
 
     @property
     def _whole(self) -> Decomposition:
@@ -52,6 +60,8 @@ class _Remade:
 
     @cached_property
     def _damages(self) -> list[float]:
+        if self._foresee is not None:
+            return list(map(float, self._foresee()))
         damages = [self._whole.damage(0)]
         while damages[-1] > 0:
             damages.append(self._whole.damage(len(damages)))
@@ -59,7 +69,7 @@ class _Remade:
 
     @cached_property
     def total(self) -> float:
-        return self._whole.total
+        return self._whole.total if self._foresee is None else self._damages[0]
 
     def damage(self, rank: int) -> float:
         return self._damages[rank] if rank < len(self._damages) else 0.0
@@ -77,6 +87,15 @@ class _Remade:
         return self._whole.cut_by_energy(energy, rank)
 
 
-def decomposed(make: Callable[[], Decomposition], recent: Recent | None) -> Decomposition:
-    """What `make` gives, for good; or, with `recent`, as long as there is room."""
-    return make() if recent is None else _Remade(make, recent)
+def decomposed(
+    make: Callable[[], Decomposition],
+    recent: Recent | None,
+    foresee: Callable[[], NDArray[np.float64]] | None = None,
+) -> Decomposition:
+    """What `make` gives, for good; or, with `recent`, as long as there is room.
+
+    `foresee` gives the damages at every rank for less than `make`, which then waits until factors are asked for.
+    """
+    if recent is None and foresee is None:
+        return make()
+    return _Remade(make, recent or Recent(), foresee)

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from onnxlr import layer as of_model
 from onnxlr.factorize import Factors, OutputDecomposition, UtilizedDecomposition, WeightDecomposition, balanced
 from onnxlr.gram import Moments
 from onnxlr.spectrum import rank_for_energy
@@ -40,7 +41,7 @@ class Layer:
     def decompositions(self) -> dict[str, Decomposition]:
         return {
             "weight": WeightDecomposition(self.weight),
-            "output": OutputDecomposition(self.weight, Moments.of(self.x)),
+            "output": of_model.Layer(self.weight, Moments.of(self.x)).decompose(),
             "observed": OutputDecomposition(self.weight, Moments.of(self.x @ self.weight), observed_output=True),
             "utilized": UtilizedDecomposition(self.weight, Moments.of(self.x)),
         }

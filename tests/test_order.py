@@ -155,7 +155,7 @@ def test_blocks_that_no_window_suits_find_one_among_the_hidden_units(
     moved: dict[tuple[int, bool], int] = {}
     for option in options:
         blocks = [n for n, cut in option.choice.cuts.items() if cut.form == "block"]
-        pairs = option.choice.store(False)
+        pairs = {n: pair.balanced() for n, pair in option.choice.store(False).items()}
         own = {n: best_side(weights[n], len(first), pairs[n].second.shape[1])
                for n in blocks if (first := pairs[n].first) is not None}  # fmt: skip
         bad = [n for n, side in own.items() if window_of(pairs[n], side).condition > limit]

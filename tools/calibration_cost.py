@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,14 +95,14 @@ class Network:
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
 
 
-def vit_s(samples: int) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
-    """ViT-S/16: width 384, 12 blocks, 6 heads, normalization first; smooth random images."""
-    network, width = Network(), 384
+def vit(samples: int, *, width: int, blocks: int, heads: int) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    """A vision transformer on patches of 16 x 16, normalization first; smooth random images of 224 x 224."""
+    network = Network()
     patches = network.add("Conv", "x", network.normal(width, 3, 16, 16, scale=0.04), strides=[16, 16])
     flat = network.add("Reshape", patches, network.constant(np.array([0, width, -1])))
     x = network.add("Add", network.add("Transpose", flat, perm=[0, 2, 1]), network.normal(1, 196, width, scale=0.5))
-    for _ in range(12):
-        x = network.add("Add", x, network.attention(network.norm(x, width), width, 6))
+    for _ in range(blocks):
+        x = network.add("Add", x, network.attention(network.norm(x, width), width, heads))
         x = network.add("Add", x, network.mlp(network.norm(x, width), width))
     pooled = network.add("ReduceMean", network.norm(x, width), network.constant(np.array([1])), keepdims=0)
     model = network.model(
@@ -124,7 +125,12 @@ def bert_base(samples: int) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
     return model, {"ids": ids.astype(np.int64)}
 
 
-MODELS = {"vit_s": vit_s, "bert_base": bert_base}
+MODELS = {
+    "vit_s": partial(vit, width=384, blocks=12, heads=6),
+    "vit_b": partial(vit, width=768, blocks=12, heads=12),
+    "vit_l": partial(vit, width=1024, blocks=24, heads=16),
+    "bert_base": bert_base,
+}
 
 
 def run(name: str, model: Path, calib: Path, mask: str | None) -> dict[str, float]:
