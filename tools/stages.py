@@ -139,9 +139,8 @@ def main(
     print("| stage | seconds | processor | peak MB |\n|---|---|---|---|")
     for name in (*ORDER, *(stages.seconds.keys() - set(ORDER))):
         if name in stages.seconds:
-            print(
-                f"| {name} | {stages.seconds[name]:.1f} | {stages.processor[name]:.1f} | {stages.peaks[name] / 1e6:.0f} |"
-            )
+            own = stages.seconds[name], stages.processor[name]
+            print(f"| {name} | {own[0]:.1f} | {own[1]:.1f} | {stages.peaks[name] / 1e6:.0f} |")
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"| all | {total:.1f} | {sum(stages.processor.values()):.1f} | {peak / 1e6:.0f} |\n")
     print(f"error {report.validation.error:.4f}")

@@ -1,27 +1,25 @@
 """FusedMatMul of com.microsoft (once TransposeMatMul): `y = alpha op(a) op(b)`, `op` the transposition asked for.
 
-A MatMul whose last two axes may be turned, on either side. `alpha` goes into the first factor. The first product is a
-FusedMatMul where the data have to be turned, all others are MatMuls.
+A Gemm without an addend whose data may have more axes, the last two of which may be turned. `alpha` goes into the first
+factor. The first product is a FusedMatMul where the data have to be turned, all others are MatMuls.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxlr.rows import Rows
-from onnxlr.sites.base import FLOATING, MICROSOFT, Product, Site, bias_behind
+from onnxlr.sites.base import FLOATING, MICROSOFT, Site, bias_behind
+from onnxlr.sites.gemm import Gemm
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from onnxlr.sites.constants import GraphView
 
 
-class FusedMatMul(Product):
-    """FusedMatMul and TransposeMatMul."""
+class FusedMatMul(Gemm):
+    """FusedMatMul and TransposeMatMul, which lay a weight out as a Gemm does."""
 
     ops = frozenset({"FusedMatMul", "TransposeMatMul"})
     domains = MICROSOFT
@@ -46,7 +44,7 @@ class FusedMatMul(Product):
         flipped = bool(node.attrs.get("transB" if left else "transA", 0))
         if (left or flipped) and (view.rank(data) or 1) < 2:
             return "the rank of its input is unknown or 1: run shape inference first"
-        rows, columns = shape[:: -1 if _weight_flipped(node, left=left) else 1]
+        rows, columns = shape[:: -1 if node.attrs.get("transA" if left else "transB", 0) else 1]
         d_in, d_out = (columns, rows) if left else (rows, columns)
         axis = -2 if left else -1
         output = node.outputs[0]
@@ -65,17 +63,6 @@ class FusedMatMul(Product):
             layout=(axis, ()),
             plain=not flipped,
         )
-
-    def matrix(self, site: Site, node: gs.Node, stored: NDArray[Any]) -> NDArray[np.float64]:
-        left = site.output_axis == -2
-        matrix = float(node.attrs.get("alpha", 1.0)) * stored.astype(np.float64)
-        return matrix.T if _weight_flipped(node, left=left) != left else matrix
-
-    def stored(self, site: Site, matrix: NDArray[Any], *, reads_input: bool) -> NDArray[Any]:
-        return matrix.T if site.output_axis == -2 else matrix
-
-    def stored_bias(self, site: Site, bias: NDArray[Any]) -> NDArray[Any]:
-        return bias[:, None] if site.output_axis == -2 else bias
 
     def addend(self, node: gs.Node) -> gs.Tensor | None:
         return None
@@ -96,7 +83,3 @@ class FusedMatMul(Product):
             return gs.Node("MatMul", name, inputs=operands, outputs=[output])
         turned = {"transB" if left else "transA": 1}
         return gs.Node(node.op, name, attrs=turned, inputs=operands, outputs=[output], domain=node.domain)
-
-
-def _weight_flipped(node: gs.Node, *, left: bool) -> bool:
-    return bool(node.attrs.get("transA" if left else "transB", 0))
