@@ -125,17 +125,19 @@ def _store(choices: Sequence[Choice], final: bool, keep: Keep) -> dict[str, Stor
 class Narrowing:
     """What is left of a weight whose hidden units were dropped.
 
-    `inputs` or `outputs` are the features kept, `width` their number, `bias` the correction that this alone makes.
+    `inputs` or `outputs` are the features kept, `width` their number, `bias` gives the correction that this alone
+    makes, and `foreseen` what a cut on top of it loses at every rank, where that is known.
     """
 
     width: int
     inputs: Index | None = None
     outputs: Index | None = None
-    bias: NDArray[np.float64] | None = None
+    bias: Callable[[], NDArray[np.float64]] | None = None
+    foreseen: NDArray[np.float64] | None = None
 
     def put(self, stored: Stored) -> Stored:
         """`stored`, known to be narrowed, its bias added to."""
-        bias = stored.bias if self.bias is None else self.bias + (0.0 if stored.bias is None else stored.bias)
+        bias = stored.bias if self.bias is None else self.bias() + (0.0 if stored.bias is None else stored.bias)
         return replace(stored, inputs=self.inputs, outputs=self.outputs, bias=bias)
 
 
@@ -205,8 +207,12 @@ class Part:
     @cached_property
     def decomposition(self) -> Decomposition:
         """Made when it is needed first; of what is narrowed only the damages are, until it is chosen."""
-        foresee = None if self.narrowing is None else lambda: self.layer.foresee()
+        foresee = None if self.narrowing is None else self._foresee
         return decomposed(lambda: self.layer.decompose(), self.memory, foresee)
+
+    def _foresee(self) -> NDArray[np.float64]:
+        assert self.narrowing is not None
+        return self.layer.foresee() if self.narrowing.foreseen is None else self.narrowing.foreseen
 
     def pair(self, rank: int, *, final: bool = True) -> Stored:
         """Its two factors; unless they are `final` only their product counts, and it is had for less."""

@@ -46,10 +46,12 @@ from onnxlr.layer import Unread, stacked
 from onnxlr.order import blocks_among_units
 from onnxlr.plan import Option, joined
 from onnxlr.recent import decomposed
-from onnxlr.width import Elimination, stand_in
+from onnxlr.width import Elimination, narrower, stand_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from numpy.typing import NDArray
 
     from onnxlr.choice import Terms
     from onnxlr.config import Config
@@ -229,13 +231,19 @@ class Chained:
         """The order in which hidden units go."""
         layer = self.consumer.layer
         root = None if layer.gain is None else layer.gain.root
-        return Elimination(layer.matrix, layer.moments, root, self._config.rank_multiple)
+        return Elimination(layer.matrix, layer.moments, root, self._config.rank_multiple, self._cut_too)
 
     @property
     def widths(self) -> list[int]:
         """The numbers of hidden units on offer, rising."""
         least = self._config.floor * self.consumer.d_in
-        return [width for width in self.elimination.widths if width >= least]
+        return [width for width in narrower(self.consumer.d_in, self._config.rank_multiple) if width >= least]
+
+    @property
+    def _cut_too(self) -> set[int]:
+        """Those at which the narrowed weights are cut as well."""
+        full, offered = self.consumer.d_in, self.widths
+        return {min(offered, key=lambda width: abs(width - share * full)) for share in NARROWED} if offered else set()
 
     @cached_property
     def _whole(self) -> tuple[Group, Group]:
@@ -243,10 +251,7 @@ class Chained:
 
     @cached_property
     def _narrowed(self) -> dict[int, tuple[Group, Group]]:
-        full = self.consumer.d_in
-        widths = self.widths
-        wanted = {min(widths, key=lambda width: abs(width - share * full)) for share in NARROWED} if widths else set()
-        return {width: self._narrow(width) for width in wanted}
+        return {width: self._narrow(width) for width in self._cut_too}
 
     def _groups(self, producers: Sequence[Part], consumer: Part) -> tuple[Group, Group]:
         sharing = len(producers) > 1 and "shared" in self._config.forms and _read_one_tensor(producers)
@@ -263,15 +268,16 @@ class Chained:
             )
             for part in self._producers
         ]
-        layer = self.consumer.layer
-        matrix, bias = stand_in(layer.matrix, layer.moments, kept)
-        source: Layer | Unread = layer.narrowed_inputs(kept, matrix)
-        if self.consumer.memory is not None:
-            source = Unread(width, self.consumer.d_out, lambda: _narrowed_inputs(self.consumer.layer, kept))
+        rest = _Rest(self.consumer, kept)
         consumer = replace(
             self.consumer,
-            source=source,
-            narrowing=Narrowing(width, inputs=kept, bias=bias if self._config.corrects_bias else None),
+            source=Unread(width, self.consumer.d_out, rest.layer),
+            narrowing=Narrowing(
+                width,
+                inputs=kept,
+                bias=rest.bias if self._config.corrects_bias and self.elimination.has_mean else None,
+                foreseen=self.elimination.foreseen(width) if width in self._cut_too else None,
+            ),
         )
         return self._groups(producers, consumer)
 
@@ -356,9 +362,24 @@ def _narrowed_outputs(part: Part, kept: Index) -> Layer:
     return part.layer.narrowed_outputs(kept)
 
 
-def _narrowed_inputs(layer: Layer, kept: Index) -> Layer:
-    matrix, _ = stand_in(layer.matrix, layer.moments, kept)
-    return layer.narrowed_inputs(kept, matrix)
+class _Rest:
+    """A weight with some of its inputs only, made anew whenever it is looked at; what stays is its bias."""
+
+    def __init__(self, part: Part, kept: Index) -> None:
+        self._part, self._kept = part, kept
+        self._bias: NDArray[np.float64] | None = None
+
+    def layer(self) -> Layer:
+        whole = self._part.layer
+        matrix, self._bias = stand_in(whole.matrix, whole.moments, self._kept)
+        return whole.narrowed_inputs(self._kept, matrix)
+
+    def bias(self) -> NDArray[np.float64]:
+        """What corrects the bias."""
+        if self._bias is None:
+            self.layer()
+        assert self._bias is not None
+        return self._bias
 
 
 def _side_by_side(parts: Sequence[Part], terms: Terms) -> list[Option[Choice]]:

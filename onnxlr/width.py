@@ -8,29 +8,47 @@ bias takes over the mean of what is lost. With `P = C^-1` over the units still t
 `|V_i|^2 / P_ii`. That is Optimal Brain Surgeon (Hassibi and Stork 1992) for a layer's output; MoDeGPT (Lin et al. 2024)
 meets the same solution as a Nystroem approximation.
 
-Units are eliminated backwards, the cheapest first, and `P` and `V` follow exactly. `step` units go at a time: picked
-one by one, exactly, among a pool of the cheapest, then taken out of the large matrices together.
+Units are eliminated backwards, the cheapest first, some at a time: picked one by one, exactly, among a pool of the
+cheapest, then taken out of `P` and `V` together. That finds an order, for which float32 will do: of correlations, which
+are better conditioned than `C`. What the order loses is then computed from `C` in float64. With the units that stay
+longest first and `C = T^T T`, `T` upper triangular, dropping all but the first `k` loses the squares in the rows of
+`T W L` from `k` on; and what the first `k` show of the output has the moments `Y^T Y`, with `Y` the rows before.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.linalg
 
+from onnxlr.factorize import tails
+from onnxlr.spectrum import eigenvalues
+
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from numpy.typing import NDArray
 
     from onnxlr.gram import Moments
 
     Matrix = NDArray[np.float64]
     Index = NDArray[np.intp]
+    Floats = NDArray[np.float32] | NDArray[np.float64]
 
 RIDGE = 1e-4
 """Added to the covariance, relative to its mean diagonal: units that calibration never told apart stay apart."""
+ROUNDS = 64
+"""In about so many rounds units are taken out."""
 POOL = 4
-"""Candidates for every unit that goes in one step."""
+"""Candidates for every unit that goes in one round."""
+COMPACT = 0.75
+"""The share of units still there below which the others are cleared away."""
+
+
+def narrower(units: int, step: int) -> list[int]:
+    """The numbers of units on offer, rising, all of them left out."""
+    return list(range(step, units, step))
 
 
 class Elimination:
@@ -45,59 +63,66 @@ class Elimination:
     root
         `L [d_out, d_out]`; None where all errors of the output weigh the same.
     step
-        Units that go at a time: the widths on offer are the multiples of `step` below `H`.
+        The widths on offer are the multiples of `step` below `H`.
+    foreseen
+        Widths at which it is foreseen what the narrowed weight would lose at every rank.
+
+    Attributes
+    ----------
+    widths
+        Those on offer, rising.
+    has_mean
+        Whether there are data, and a mean that the bias takes over.
     """
 
-    def __init__(self, weight: Matrix, moments: Moments | None, root: Matrix | None, step: int) -> None:
-        self._damages = {len(weight): 0.0}
-        inverse = np.asfortranarray(np.linalg.inv(_covariance(moments, len(weight))))
-        self._order = self._eliminate(inverse, weight.copy() if root is None else weight @ root, step)
-
-    def _eliminate(self, inverse: Matrix, value: Matrix, step: int) -> Index:
-        """The units, first to go first; fills the damages by number of units kept, and its arguments with rubbish."""
-        units = np.arange(len(value))
-        gone: list[Index] = []
-        damage, count = 0.0, len(value)
-        while count > step:
-            # rows and columns of units that are gone are zero: they are cleared away when they are half of all
-            alive = np.flatnonzero(units >= 0)
-            if 2 * count <= len(units):
-                inverse, value, units = np.asfortranarray(inverse[np.ix_(alive, alive)]), value[alive], units[alive]
-                alive = np.arange(count)
-            scores = np.einsum("id,id->i", value[alive], value[alive]) / np.diag(inverse)[alive]
-            size = count % step or step
-            pool = alive[np.argsort(scores, kind="stable")[: POOL * size]]
-            going = pool[_cheapest(inverse[np.ix_(pool, pool)], value[pool], size)]
-            block = np.linalg.inv(inverse[np.ix_(going, going)])
-            lost = block @ value[going]
-            damage += float(np.sum(value[going] * lost))
-            across = inverse[:, going]
-            value -= across @ lost
-            inverse = scipy.linalg.blas.dgemm(-1.0, across, block @ across.T, 1.0, inverse, overwrite_c=True)
-            gone.append(units[going])
-            units[going] = -1
-            count -= size
-            self._damages[count] = damage
-        return np.concatenate([*gone, units[units >= 0]])
-
-    @property
-    def widths(self) -> list[int]:
-        """The numbers of units on offer, rising, all of them left out."""
-        return sorted(self._damages)[:-1]
+    def __init__(
+        self,
+        weight: Matrix,
+        moments: Moments | None,
+        root: Matrix | None,
+        step: int,
+        foreseen: Iterable[int] = (),
+    ) -> None:
+        self.widths, self.has_mean = narrower(len(weight), step), moments is not None
+        value = weight if root is None else weight @ root
+        covariance = _covariance(moments, len(weight))
+        self._order = _last_first(covariance, value, step)
+        upper = scipy.linalg.cholesky(
+            covariance[np.ix_(self._order, self._order)], overwrite_a=True, check_finite=False
+        )
+        shown: Matrix = scipy.linalg.blas.dtrmm(1.0, upper, value[self._order])
+        self._damages = tails(np.einsum("id,id->i", shown, shown))
+        self._foreseen = {width: _lost(shown[:width]) for width in foreseen}
 
     def damage(self, width: int) -> float:
         """The weighed error of the output with `width` units, one of `widths`."""
-        return self._damages[width]
+        return float(self._damages[width])
+
+    def foreseen(self, width: int) -> Matrix:
+        """What the weight for `width` units loses at every rank, beside what the missing units cost.
+
+        The ridge counts too.
+        """
+        return self._foreseen[width]
 
     def kept(self, width: int) -> Index:
         """The units that stay, in their old order."""
-        return np.sort(self._order[len(self._order) - width :])
+        return np.sort(self._order[:width])
+
+
+def _lost(shown: Matrix) -> Matrix:
+    narrow = shown if shown.shape[0] < shown.shape[1] else shown.T
+    return tails(eigenvalues(narrow @ narrow.T))
 
 
 def stand_in(weight: Matrix, moments: Moments | None, kept: Index) -> tuple[Matrix, Matrix | None]:
     """`W_K [width, d_out]` for the units `kept`, and the correction of the bias [d_out], None without data."""
-    across = _covariance(moments, len(weight))[kept]
-    solved = scipy.linalg.solve(across[:, kept], across @ weight, assume_a="pos", check_finite=False)
+    covariance = _covariance(moments, len(weight))[kept]
+    gone = np.delete(np.arange(len(weight)), kept)
+    missing = scipy.linalg.solve(
+        covariance[:, kept], covariance[:, gone] @ weight[gone], assume_a="pos", check_finite=False
+    )
+    solved = weight[kept] + missing
     if moments is None:
         return solved, None
     return solved, moments.mean @ weight - moments.mean[kept] @ solved
@@ -107,26 +132,94 @@ def _covariance(moments: Moments | None, units: int) -> Matrix:
     """Regularised, so that it has an inverse; of units that never move, the identity times next to nothing."""
     if moments is None:
         return np.eye(units)
-    level = float(np.trace(moments.covariance)) / moments.dim
+    covariance = moments.covariance
+    level = float(np.trace(covariance)) / units
     # less is what rounding leaves of the covariance of a constant
-    floor = np.finfo(np.float64).eps * max(moments.count, moments.dim) * float(np.mean(moments.mean**2))
-    identity: Matrix = np.eye(moments.dim)
+    floor = np.finfo(np.float64).eps * max(moments.count, units) * float(np.mean(moments.mean**2))
     if level <= floor:
-        return max(floor, float(np.sqrt(np.finfo(np.float64).tiny))) * identity
-    return moments.covariance + RIDGE * level * identity
+        return max(floor, float(np.sqrt(np.finfo(np.float64).tiny))) * np.eye(units)
+    covariance.flat[:: units + 1] += RIDGE * level
+    return covariance
+
+
+def _last_first(covariance: Matrix, value: Matrix, step: int) -> Index:
+    """The units, the last to go first."""
+    # each unit relative to its own size, which leaves what is lost as it is
+    scale = np.sqrt(np.diag(covariance))
+    scaled = value * scale[:, None]
+    scaled /= max(float(np.abs(scaled).max(initial=0.0)), np.finfo(np.float64).tiny)
+    correlations = covariance / scale
+    correlations /= scale[:, None]
+    try:
+        return _eliminated(np.asfortranarray(correlations, np.float32), scaled.astype(np.float32), step)[::-1]
+    except np.linalg.LinAlgError:
+        return _eliminated(np.asfortranarray(correlations), scaled, step)[::-1]
+
+
+def _eliminated(correlations: Floats, value: Floats, step: int) -> Index:
+    """The units, the first to go first; both arguments are filled with rubbish."""
+    inverse: Any = _inverse(correlations)
+    (update,) = scipy.linalg.get_blas_funcs(("syrk",), (inverse,))
+    units, count = np.arange(len(value)), len(value)
+    size = step * max(1, len(value) // (ROUNDS * step))
+    gone: list[Index] = []
+    while count > step:
+        alive = np.flatnonzero(units >= 0)
+        if count <= COMPACT * len(units):
+            inverse, value = np.asfortranarray(inverse[np.ix_(alive, alive)]), value[alive]
+            units, alive = units[alive], np.arange(count)
+        scores = np.einsum("id,id->i", value, value)[alive] / np.diag(inverse)[alive]
+        number = min(size, count - step)
+        pool = alive[np.argsort(scores, kind="stable")[: POOL * number]]
+        going = pool[_cheapest(_square(inverse, pool), value[pool].astype(np.float64), number)]
+        corner = scipy.linalg.cholesky(_square(inverse, going), lower=True, check_finite=False)
+        half = scipy.linalg.solve_triangular(corner, _columns(inverse, going).T, lower=True, check_finite=False)
+        lost = scipy.linalg.solve_triangular(corner, value[going], lower=True, check_finite=False)
+        value -= half.T.astype(value.dtype) @ lost.astype(value.dtype)
+        inverse = update(-1.0, half.astype(value.dtype), beta=1.0, c=inverse, trans=1, lower=1, overwrite_c=1)
+        gone.append(units[going])
+        units[going] = -1
+        count -= number
+    return np.concatenate([*gone, units[units >= 0]])
+
+
+def _inverse(matrix: Floats) -> Floats:
+    """The lower triangle of the inverse of a positive definite matrix, which is overwritten."""
+    factorize, invert = scipy.linalg.get_lapack_funcs(("potrf", "potri"), (matrix,))
+    lower, failed = factorize(matrix, lower=1, clean=0, overwrite_a=1)
+    if failed:
+        raise np.linalg.LinAlgError
+    inverse: Floats = invert(lower, lower=1, overwrite_c=1)[0]
+    return inverse
+
+
+def _square(lower: Floats, features: Index) -> Matrix:
+    """Rows and columns of a symmetric matrix of which the lower triangle is there."""
+    rows, columns = np.maximum.outer(features, features), np.minimum.outer(features, features)
+    return np.asfortranarray(lower[rows, columns], np.float64)
+
+
+def _columns(lower: Floats, features: Index) -> Matrix:
+    """Whole columns of it [n, len(features)]."""
+    below = np.arange(len(lower))[:, None] >= features
+    return np.where(below, lower[:, features], lower[features].T).astype(np.float64)
 
 
 def _cheapest(inverse: Matrix, value: Matrix, count: int) -> Index:
     """The `count` units of a pool that go one after the other, each the cheapest once those before it are gone."""
-    inverse, value = inverse.copy(), value.copy()
+    subtract = scipy.linalg.blas.dger
+    squares = np.asfortranarray(value @ value.T)
     alive = np.ones(len(value), bool)
     chosen = []
     for _ in range(min(count, len(value))):
-        scores = np.einsum("id,id->i", value, value) / np.where(alive, np.diag(inverse), 1.0)
+        scores = np.diag(squares) / np.where(alive, np.diag(inverse), 1.0)
         unit = int(np.argmin(np.where(alive, scores, np.inf)))
         chosen.append(unit)
         alive[unit] = False
-        column, pivot, row = inverse[:, unit].copy(), float(inverse[unit, unit]), value[unit].copy()
-        value[alive] -= np.outer(column[alive] / pivot, row)
-        inverse[np.ix_(alive, alive)] -= np.outer(column[alive], column[alive]) / pivot
+        column, row = inverse[:, unit].copy(), squares[unit].copy()
+        share = column / column[unit]
+        row -= share * (row[unit] / 2)
+        inverse = subtract(-1.0, share, column, a=inverse, overwrite_a=1)
+        squares = subtract(-1.0, share, row, a=squares, overwrite_a=1)
+        squares = subtract(-1.0, row, share, a=squares, overwrite_a=1)
     return np.array(chosen, np.intp)
