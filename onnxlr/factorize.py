@@ -94,8 +94,8 @@ class Decomposition(Protocol):
         """Balanced factors that keep the share `energy`, at a rank of at least `rank_for(energy)`, and their damage."""
 
 
-class _Ordered(ABC):
-    """Directions of falling energy [k]: the damage of a cut is the energy of the tail."""
+class Ordered(ABC):
+    """Directions with an energy each [k], taken in this order: the damage of a cut is the energy of the tail."""
 
     def __init__(self, energies: Matrix) -> None:
         self._energies = energies
@@ -121,7 +121,7 @@ class _Ordered(ABC):
         return self.cut(rank), self.damage(rank)
 
 
-class WeightDecomposition(_Ordered):
+class WeightDecomposition(Ordered):
     """The objective "weight" for `weight [d_in, d_out]`."""
 
     def __init__(self, weight: Matrix) -> None:
@@ -136,7 +136,7 @@ class WeightDecomposition(_Ordered):
         return Factors(self._left[:, :rank] * root, root[:, None] * self._right[:rank], None)
 
 
-class OutputDecomposition(_Ordered):
+class OutputDecomposition(Ordered):
     """The objective "output" for `weight [d_in, d_out]`.
 
     Parameters
