@@ -20,7 +20,7 @@ from onnxlr.gram import OnDemand, Stats, beside
 from onnxlr.inner import bring_out, outputs_of, pieces
 from onnxlr.liveness import needed
 from onnxlr.model_io import from_proto
-from onnxlr.probes import Probe, probe_key, site_probes
+from onnxlr.probes import Probe, as_seen, probe_key, site_probes
 from onnxlr.running import RunningMoments, packed_bytes
 from onnxlr.session import Session
 
@@ -123,8 +123,9 @@ def in_passes(weights: Sequence[Weight], config: Config) -> list[list[list[Probe
     """
     passes: list[list[list[Probe]]] = [[]]
     taken = 0
-    widths = _widths(weights, config.objective)
-    for own in _added_up(weights, config.objective):
+    seen = list(as_seen(weights, config))
+    widths = _widths(seen, config.objective)
+    for own in _added_up(seen, config.objective):
         size = sum(packed_bytes(widths[probe]) for probe in own)
         if config.memory is not None and passes[-1] and taken + size > config.memory:
             passes.append([])
@@ -218,7 +219,7 @@ def _in_bodies(
 ) -> tuple[dict[str, tuple[str, tuple[Body, ...]]], dict[Probe, RunningMoments]]:
     """What the names of probes in bodies stand for: a tensor and its bodies; and their moments while none has run."""
     tensors, sums = {}, {}
-    sites = ((weight, site) for weight in weights for site in weight.sites if site.bodies)
+    sites = ((weight, site) for weight in as_seen(weights, config) for site in weight.sites if site.bodies)
     for weight, site in sites:
         for probe in site_probes(weight, site, config.objective):
             if probe not in wanted:

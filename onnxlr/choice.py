@@ -49,7 +49,7 @@ class Cut:
     factor also serves others.
     """
 
-    form: Literal["dense", "pair", "block"] = "dense"
+    form: Literal["dense", "pair", "block", "separable"] = "dense"
     rank: int | None = None
     width: int | None = None
     shared: bool = False
@@ -65,6 +65,11 @@ class Cut:
 def width_key(consumer: str) -> str:
     """Under which the importance of dropping hidden units is kept, those that the weight `consumer` reads."""
     return f"{consumer}:width"
+
+
+def separable_key(weight: str) -> str:
+    """Under which the importance of splitting the kernel of `weight` is kept."""
+    return f"{weight}:separable"
 
 
 class BadlyConditionedError(Exception):
@@ -164,6 +169,9 @@ class Part:
         Set where it stands for less than the whole weight.
     memory
         Where its decomposition is kept as long as there is room; None: always.
+    split
+        Prepares the split of a convolution between the rows and the columns of its kernel (`onnxlr.separable`); None
+        where that is not on offer.
     """
 
     weight: Weight
@@ -174,6 +182,7 @@ class Part:
     note: str = ""
     narrowing: Narrowing | None = None
     memory: Recent | None = None
+    split: Callable[[], Decomposition] | None = None
 
     @property
     def layer(self) -> Layer:
@@ -218,6 +227,16 @@ class Part:
         """Its two factors; unless they are `final` only their product counts, and it is had for less."""
         return self.put(cut(self.decomposition, rank, final=final))
 
+    @cached_property
+    def separation(self) -> Decomposition:
+        """Made when it is needed first; only where there is a `split`."""
+        assert self.split is not None
+        return decomposed(self.split, self.memory)
+
+    def separable(self, rank: int) -> Stored:
+        """Its kernel as a column and a row."""
+        return Stored.separable(self.separation.cut(rank), self.weight.taps)
+
     def put(self, factors: Factors) -> Stored:
         """Factors of its layer as what is stored."""
         stored = Stored.pair(factors)
@@ -249,7 +268,7 @@ class Terms:
         return block in self.no_blocks or (name, width, ANY_RANK) in self.no_blocks
 
     def damage(self, key: str, damage: float) -> float:
-        """The damage of a weight, or of what `width_key` stands for, in squared relative error."""
+        """The damage of a weight, or of what `width_key` or `separable_key` stands for, in squared relative error."""
         # whatever its importance: an infinite one has no product with 0
         return self.importance.get(key, 0.0) * damage if damage else 0.0
 
@@ -280,6 +299,13 @@ def pair_ranks(d_in: int, d_out: int, config: Config) -> list[int]:
     """The ranks at which a pair saves enough to be offered."""
     most = config.margin * d_in * d_out
     return [rank for rank in ranks(config, min(d_in, d_out)) if rank * (d_in + d_out) <= most]
+
+
+def separable_ranks(weight: Weight, config: Config) -> list[int]:
+    """The ranks at which a split of its kernel saves enough to be offered; none where it cannot be split."""
+    if weight.taps == 1 or "separable" not in config.forms:
+        return []
+    return pair_ranks(weight.d_in // weight.taps, weight.taps * weight.d_out, config)
 
 
 def block_ranks(d_in: int, d_out: int, config: Config) -> list[int]:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 Objective = Literal["auto", "weight", "utilized", "output", "fisher"]
-Form = Literal["pair", "block", "shared", "width"]
+Form = Literal["pair", "block", "shared", "width", "separable"]
 Allocation = Literal["global", "uniform"]
 Trained = Literal["factors", "all"]
 Augment = Literal["auto", "always", "never"]
@@ -92,7 +92,7 @@ class Config:
         No rank and no number of hidden units below this share of the full one is used.
     forms
         What may be made of a weight: a plain pair; a pair with an identity block; pairs with one first factor for
-        weights that read the same tensor; fewer hidden units.
+        weights that read the same tensor; fewer hidden units; of a convolution's kernel a column, then a row.
     allocation
         One budget for the whole model, or the same share for every weight.
     rounds

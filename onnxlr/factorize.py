@@ -99,8 +99,8 @@ def tails(energies: Matrix) -> Matrix:
     return np.append(np.cumsum(energies[::-1])[::-1], 0.0)
 
 
-class _Ordered(ABC):
-    """Directions of falling energy [k]: the damage of a cut is the energy of the tail."""
+class Ordered(ABC):
+    """Directions with an energy each [k], taken in this order: the damage of a cut is the energy of the tail."""
 
     def __init__(self, energies: Matrix) -> None:
         self._energies, self._tails = energies, tails(energies)
@@ -125,7 +125,7 @@ class _Ordered(ABC):
         return self.cut(rank), self.damage(rank)
 
 
-class WeightDecomposition(_Ordered):
+class WeightDecomposition(Ordered):
     """The objective "weight" for `weight [d_in, d_out]`."""
 
     def __init__(self, weight: Matrix) -> None:
@@ -140,7 +140,7 @@ class WeightDecomposition(_Ordered):
         return Factors(self._left[:, :rank] * root, root[:, None] * self._right[:rank], None)
 
 
-class OutputDecomposition(_Ordered):
+class OutputDecomposition(Ordered):
     """The objective "output" for `weight [d_in, d_out]`, by the covariance of its outputs [d_out, d_out].
 
     Parameters
@@ -192,7 +192,7 @@ def _floor(moments: Moments, squared_mean: float) -> float:
     return float(np.finfo(np.float64).eps * max(moments.count, moments.dim) * squared_mean)
 
 
-class InputDecomposition(_Ordered):
+class InputDecomposition(Ordered):
     """The objectives "output" and "fisher" for `weight [d_in, d_out]`, by a matrix of [d_in, d_in].
 
     With `R^T R` the regularised covariance of the input, the left singular vectors `U` of `R W L` are the eigenvectors

@@ -12,6 +12,9 @@ block
     same error as the pair. The window lies at the start or at the end, where one Concat or Split of two parts does, and
     of the two it is the one whose `T` is better conditioned: rounding is amplified by its condition number. Where that
     is too large, the hidden units between two layers can be put in a better order (`onnxlr.order`).
+separable
+    Of a convolution of kh x kw: one of kh x 1 to `r` channels, then one of 1 x kw (`onnxlr.separable`):
+    `r (C_in kh + kw C_out)` parameters. Together they are a kernel of kh x kw again.
 
 A pair or block may share its first factor with other weights that read the same tensor, and any form may stand for a
 narrowed weight.
@@ -60,10 +63,10 @@ class Stored:
     ----------
     first
         `A [d_in, r]`, or [groups, d_in, r] of a weight with groups; for a block on the input side its rows outside the
-        window, `[d_in - r, r]`; None for dense.
+        window, `[d_in - r, r]`; of a separable kernel `[d_in / taps, r]`; None for dense.
     second
         `B [r, d_out]`, or [groups, r, d_out]; for a block on the output side its columns outside the window,
-        `[r, d_out - r]`; for dense the weight.
+        `[r, d_out - r]`; of a separable kernel `[r * taps, d_out]`, `taps` running fastest; for dense the weight.
     bias
         What is added to the bias [groups * d_out], or None.
     window
@@ -72,6 +75,8 @@ class Stored:
         Under which name `first`, and `h`, are shared with other weights that read the same tensor.
     inputs, outputs
         The features of the dense layer that are left of its input and output, where it was narrowed.
+    taps
+        Of a separable kernel: its columns, as many neighbouring `h` the second product reads; else 1.
     """
 
     first: Matrix | None
@@ -81,11 +86,19 @@ class Stored:
     shared: str | None = None
     inputs: Index | None = None
     outputs: Index | None = None
+    taps: int = 1
 
     @classmethod
     def pair(cls, factors: Factors) -> Stored:
         """Two factors as they are."""
         return cls(factors.first, factors.second, factors.bias)
+
+    @classmethod
+    def separable(cls, factors: Factors, taps: int) -> Stored:
+        """A kernel of `taps` columns, from `A [d_in / taps, r]` and `B [r, taps * d_out]`."""
+        second = factors.second
+        rows = second.reshape(*second.shape[:-2], second.shape[-2] * taps, second.shape[-1] // taps)
+        return cls(factors.first, rows, factors.bias, taps=taps)
 
     def balanced(self) -> Stored:
         """A pair, with the singular values of its product split evenly; dense as it is."""
@@ -117,6 +130,8 @@ class Stored:
 
         Features that were dropped are not read, and are given out as 0.
         """
+        if self.first is not None and self.taps > 1:
+            return self._merged(d_in, d_out)
         if self.first is None:
             first, second = np.eye(self.second.shape[-2]), self.second
         else:
@@ -135,6 +150,14 @@ class Stored:
             bias = None if bias is None else _placed(bias, self.outputs, d_out, axis=0)
         return Factors(first, second, bias)
 
+    def _merged(self, d_in: int, d_out: int) -> Factors:
+        """The kernel that a separable one is, as one factor, and the identity."""
+        assert self.first is not None
+        *groups, rank = *self.first.shape[:-2], self.first.shape[-1]
+        kernel = (self.first @ self.second.reshape(*groups, rank, -1)).reshape(*groups, d_in, d_out)
+        identity = np.broadcast_to(np.eye(min(d_in, d_out)), (*groups, min(d_in, d_out), min(d_in, d_out)))
+        return Factors(kernel, identity, self.bias) if d_out <= d_in else Factors(identity, kernel, self.bias)
+
 
 def _placed(array: Matrix, index: Index, length: int, axis: int) -> Matrix:
     shape = list(array.shape)
@@ -147,6 +170,11 @@ def _placed(array: Matrix, index: Index, length: int, axis: int) -> Matrix:
 def pair_products(d_in: int, d_out: int, rank: int) -> Products:
     """The shapes of the two matrices of a pair."""
     return (d_in, rank), (rank, d_out)
+
+
+def separable_products(d_in: int, d_out: int, rank: int, taps: int) -> Products:
+    """The shapes of the two matrices of a separable kernel."""
+    return (d_in // taps, rank), (rank * taps, d_out)
 
 
 def block_products(d_in: int, d_out: int, rank: int, side: Side) -> Products:

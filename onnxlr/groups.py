@@ -1,6 +1,6 @@
 """Weights that are decided on together, and the forms that each group offers.
 
-    Single    one weight: dense, a pair, or a block
+    Single    one weight: dense, a pair, a block, or a separable kernel
     Shared    weights that read one tensor: each on its own, or all with one first factor
     Chained   weights that make hidden units and the one that reads them: as they are, or with fewer units, and on top
               of that whatever the narrowed weights offer
@@ -28,6 +28,8 @@ from onnxlr.choice import (
     cut,
     pair_ranks,
     ranks,
+    separable_key,
+    separable_ranks,
     width_key,
     worth_a_block,
 )
@@ -41,6 +43,7 @@ from onnxlr.forms import (
     block_products,
     holds,
     pair_products,
+    separable_products,
 )
 from onnxlr.layer import Unread, stacked
 from onnxlr.order import blocks_among_units
@@ -88,7 +91,7 @@ class Single:
         part = self.part
         if part.fixed is not None:
             return [self._pair(part.fixed, terms)]
-        return [self._dense(terms), *self._pairs(terms), *self._blocks(terms)]
+        return [self._dense(terms), *self._pairs(terms), *self._blocks(terms), *self._separable(terms)]
 
     def _dense(self, terms: Terms) -> Option[Choice]:
         part, narrowing = self.part, self.part.narrowing
@@ -129,6 +132,18 @@ class Single:
             choice = Choice({part.name: cut}, {part.name: damage}, self._storing(rank, side))
             products, moved = block_products(d_in, d_out, rank, side), d_in if side == "input" else d_out
             yield Option(choice, terms.price(part, products, moved=moved), damage)
+
+    def _separable(self, terms: Terms) -> Iterator[Option[Choice]]:
+        part = self.part
+        if part.split is None:
+            return
+        strips = replace(part, weight=part.weight.in_strips)
+        for rank in separable_ranks(part.weight, terms.config):
+            damage = terms.damage(separable_key(part.name), part.separation.damage(rank))
+            products = separable_products(part.d_in, part.d_out, rank, part.weight.taps)
+            cut, store = Cut("separable", rank), partial(_store_separable, part, rank)
+            choice = Choice({part.name: cut}, {part.name: damage}, store)
+            yield Option(choice, terms.price(strips, products), damage)
 
     def _storing(self, rank: int, side: Side) -> Callable[[bool], dict[str, Stored]]:
         part = self.part
@@ -356,6 +371,10 @@ class Several:
 
     def options(self, terms: Terms) -> list[Option[Choice]]:
         return _side_by_side(self.parts, terms)
+
+
+def _store_separable(part: Part, rank: int, _final: bool) -> dict[str, Stored]:
+    return {part.name: part.separable(rank)}
 
 
 def _narrowed_outputs(part: Part, kept: Index) -> Layer:

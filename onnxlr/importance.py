@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from onnxlr.choice import ranks, width_key
+from onnxlr.choice import ranks, separable_key, separable_ranks, width_key
 from onnxlr.groups import Chained
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ def measure_alone(
 ) -> dict[str, float]:
     """The importance of every weight, all others dense; 0 where no rank is on offer or nothing is damaged.
 
-    What dropping hidden units does has an importance of its own, under `width_key`: those errors look otherwise.
+    What dropping hidden units does has an importance of its own, under `width_key`, and so has the split of a kernel,
+    under `separable_key`: those errors look otherwise.
 
     Parameters
     ----------
@@ -65,6 +66,8 @@ def measure_alone(
         least = 2 * rounding if _is_nested(group) else -1.0
         for part in group.parts:
             importance[part.name] = _alone(part, trial, probed, config, least)
+            if part.split is not None:
+                importance[separable_key(part.name)] = _separated(part, trial, probed, config, least)
             progress(1)
         if isinstance(group, Chained):
             importance[width_key(group.consumer.name)] = _narrowed(group, trial, probed, least)
@@ -95,6 +98,17 @@ def _alone(part: Part, trial: Trial, probed: Observed, config: Config, least: fl
         return 0.0
     pair = factors([part], {part.name: part.pair(rank, final=False)})
     return _importance(part, trial.error(pair, probed), damage, least)
+
+
+def _separated(part: Part, trial: Trial, probed: Observed, config: Config, least: float) -> float:
+    offered = separable_ranks(part.weight, config)
+    if not offered:
+        return 0.0
+    rank = offered[len(offered) // 2]
+    damage = part.separation.damage(rank)
+    if damage <= 0:
+        return 0.0
+    return _importance(part, trial.error(factors([part], {part.name: part.separable(rank)}), probed), damage, least)
 
 
 def _importance(part: Part, error: float, damage: float, least: float) -> float:
@@ -135,7 +149,7 @@ def measure_again(
     again = {}
     for number, group in enumerate(groups):
         for part in group.parts:
-            for key in importance.keys() & {part.name, width_key(part.name)}:
+            for key in importance.keys() & {part.name, width_key(part.name), separable_key(part.name)}:
                 again[key] = importance[key] * changes.get(number, usual)
     return again
 

@@ -5,19 +5,32 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from onnxlr.choice import Part
+from onnxlr.choice import Part, separable_ranks
 from onnxlr.errors import ConfigError
-from onnxlr.factorize import Gain
+from onnxlr.factorize import Gain, GroupedDecomposition, WeightDecomposition
 from onnxlr.layer import Layer, Unread, grouped
-from onnxlr.probes import gradients_reach, moments_size, read_moments, weight_gradients, weight_moments, without_rows
+from onnxlr.probes import (
+    WIDEST,
+    gradients_reach,
+    moments_size,
+    read_moments,
+    splits,
+    weight_gradients,
+    weight_moments,
+    without_rows,
+)
 from onnxlr.recent import Recent
+from onnxlr.separable import SeparableDecomposition, as_columns
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
     from numpy.typing import NDArray
 
     from onnxlr.case import Case
     from onnxlr.config import Config
+    from onnxlr.factorize import Decomposition
     from onnxlr.gram import Stats
     from onnxlr.sites import Weight
 
@@ -35,7 +48,8 @@ def parts_of(case: Case, stats: Stats | None, config: Config) -> list[Part]:
         `stats` lacks the moments that the objective needs.
     """
     recent = None if config.memory is None else Recent()
-    return [replace(_part(case, weight, stats, config), memory=recent) for weight in case.weights]
+    parts = (_part(case, weight, stats, config) for weight in case.weights)
+    return [replace(_with_split(part, case, stats, config), memory=recent) for part in parts]
 
 
 def _part(case: Case, weight: Weight, stats: Stats | None, config: Config) -> Part:
@@ -82,6 +96,39 @@ def _part(case: Case, weight: Weight, stats: Stats | None, config: Config) -> Pa
         )
 
     return Part(weight, Unread(weight.d_in, weight.d_out, with_data), fixed, rows, dim, note)
+
+
+def _with_split(part: Part, case: Case, stats: Stats | None, config: Config) -> Part:
+    """A part that may have its kernel split, where it can."""
+    weight, inventory = part.weight, case.inventory
+    offered = separable_ranks(weight, config)
+    if not offered or not splits(weight, config) or part.fixed is not None:
+        return part
+
+    def alone() -> Decomposition:
+        columns = as_columns(_matrices(inventory.matrix(weight)), weight.taps)
+        return _side_by_side([WeightDecomposition(each) for each in columns])
+
+    if stats is None or part.rows is None:
+        return replace(part, split=alone)
+    if weight.d_in > WIDEST:
+        return replace(part, note=f"{part.note}its patches of {weight.d_in} are too wide to split its kernel by; ")
+    moments_size(stats, weight.in_strips, config.objective)
+
+    def with_data() -> Decomposition:
+        moments = weight_moments(stats, inventory, weight.in_strips, config.objective)
+        gradients = weight_gradients(stats, weight) if config.objective == "fisher" else None
+        gains = [None] * weight.groups if gradients is None else [Gain.of(own) for own in gradients]
+        members = zip(_matrices(inventory.matrix(weight)), moments, gains, strict=True)
+        return _side_by_side(
+            [SeparableDecomposition(each, weight.taps, max(offered), own, gain) for each, own, gain in members]
+        )
+
+    return replace(part, split=with_data)
+
+
+def _side_by_side(members: Sequence[Decomposition]) -> Decomposition:
+    return members[0] if len(members) == 1 else GroupedDecomposition(members)
 
 
 def _matrices(matrix: NDArray[np.float64]) -> NDArray[np.float64]:

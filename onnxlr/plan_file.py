@@ -70,6 +70,7 @@ def _described(stored: Stored) -> dict[str, Any]:
     return {
         "window": None if stored.window is None else asdict(stored.window),
         "shared": stored.shared,
+        "taps": stored.taps,
         **{field: None if index is None else index.tolist() for field, index in indices.items()},
     }
 
@@ -84,4 +85,5 @@ def _stored(name: str, described: dict[str, Any], arrays: dict[str, NDArray[np.f
         described["shared"],
         inputs,
         outputs,
+        described["taps"],
     )

@@ -1,7 +1,8 @@
 """What has to be observed of a layer, under which names its moments are kept, and what a weight takes of them.
 
 Moments are keyed by tensor, not by layer: layers that read one tensor share them, and where a layer's output is the
-smaller side, the output is observed.
+smaller side, the output is observed. A convolution whose kernel may be split has the moments of its patches gathered
+besides.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from onnxlr.gram import Moments, Size
 from onnxlr.rows import Rows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
-    from onnxlr.config import Objective
+    from onnxlr.config import Config, Objective
     from onnxlr.gram import Stats
     from onnxlr.sites import Inventory, Site, Weight
 
@@ -29,6 +30,8 @@ UNSEEN = 0.1
 Calibration never gathers most rows of a table, and a cut made for the others alone ruins them: later positions of a
 longer text, rarer words. As in the smoothing of counts, every row is taken to come now and then.
 """
+WIDEST = 4608
+"""The widest patches whose moments [d, d] are gathered to split a kernel: 512 channels under 3 x 3."""
 
 
 def probe_key(probe: Probe) -> str:
@@ -44,6 +47,20 @@ def site_probes(weight: Weight, site: Site, objective: Objective) -> list[Probe]
     if objective != "utilized" and weight.observes_output and not site.transposed:
         return [(site.seen_as(site.output), rows) for rows in site.output_rows]
     return [(site.seen_as(site.input), rows) for rows in site.input_rows]
+
+
+def as_seen(weights: Iterable[Weight], config: Config) -> Iterator[Weight]:
+    """Every weight as each of the forms on offer sees it: some as they are, and by their patches."""
+    for weight in weights:
+        yield weight
+        if splits(weight, config) and weight.d_in <= WIDEST:
+            yield weight.in_strips
+
+
+def splits(weight: Weight, config: Config) -> bool:
+    """Whether the kernel of a weight may be split, for all that its geometry and the settings say."""
+    asked = "separable" in config.forms and config.objective != "utilized" and config.target.kind != "energy"
+    return asked and weight.taps > 1
 
 
 def probes(weights: Iterable[Weight], objective: Objective) -> list[Probe]:

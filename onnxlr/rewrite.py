@@ -22,6 +22,7 @@ from onnxlr.model_io import from_proto
 from onnxlr.protos import graphs as protos
 from onnxlr.sites import FAMILIES, by_output
 from onnxlr.sites.bodies import graphs
+from onnxlr.sites.conv import halves
 from onnxlr.sites.emit import Parts
 from onnxlr.surgery import close_graph, open_graph
 
@@ -71,9 +72,10 @@ def lay_out(inventory: Inventory, weight: Weight, stored: Stored) -> list[SiteAr
         if site.layout not in layouts:
             layouts.append(site.layout)
         suffix = f".{layouts.index(site.layout)}" if layouts.index(site.layout) else ""
-        first, second = None, family.stored(site, stored.second, reads_input=stored.first is None)
+        column, row = halves(site) if stored.taps > 1 else (site, site)
+        first, second = None, family.stored(row, stored.second, reads_input=stored.first is None or stored.taps > 1)
         if stored.first is not None:
-            first = _cast(family.stored(site, stored.first, reads_input=True), dtype, site)
+            first = _cast(family.stored(column, stored.first, reads_input=True), dtype, site)
         arrays.append(
             SiteArrays(
                 site,
@@ -169,6 +171,7 @@ def emit(
             name in hidden,
             each.window,
             each.split,
+            each.taps,
         )
         put(scopes[site.bodies], site, nodes[site.output], parts)
         hidden[name] = parts.hidden
@@ -189,6 +192,7 @@ class _Placed:
     bias: gs.Tensor | None
     window: Window | None
     split: tuple[int, int]
+    taps: int
     shared: str | None
     inputs: Index | None
 
@@ -203,7 +207,9 @@ def _placed(
     second = tensor(arrays.second)
     if arrays.site.transposed and first is not None:  # (A B)^T = B^T A^T
         first, second = transposed(second), transposed(first)
-    return _Placed(arrays.site, first, second, bias, stored.window, stored.split, stored.shared, stored.inputs)
+    return _Placed(
+        arrays.site, first, second, bias, stored.window, stored.split, stored.taps, stored.shared, stored.inputs
+    )
 
 
 def _narrow(

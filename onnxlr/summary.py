@@ -7,7 +7,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from onnxlr.choice import Cut, best_side, block_ranks, pair_ranks
+from onnxlr.choice import Cut, best_side, block_ranks, pair_ranks, separable_ranks
 from onnxlr.report import ModelFigures, RefusalReport, Report, WeightReport
 from onnxlr.rewrite import copies, new_biases
 from onnxlr.session import import_onnxruntime
@@ -133,7 +133,9 @@ def _kept(case: Case, weight: Weight, stored: Stored | None, counted: set[str]) 
 
 
 def _macs(weight: Weight, stored: Stored | None, products: Products) -> float:
-    return float(weight.macs or 0) if stored is None else weight.macs_of(products)
+    if stored is None:
+        return float(weight.macs or 0)
+    return (weight if stored.taps == 1 else weight.in_strips).macs_of(products)
 
 
 def _reason(part: Part, cut: Cut, config: Config) -> str:
@@ -152,7 +154,8 @@ def _reason(part: Part, cut: Cut, config: Config) -> str:
     size = weight.d_in, weight.d_out
     pairs = "pair" in config.forms and pair_ranks(*size, config)
     blocks = "block" in config.forms and best_side(weight, *size) and block_ranks(*size, config)
-    if not pairs and not blocks:
+    separable = part.split is not None and separable_ranks(weight, config)
+    if not pairs and not blocks and not separable:
         return (
             f"no pair or block is smaller: no multiple of {config.rank_multiple} below its full rank {min(size)} keeps "
             f"at most {config.margin:g} of its parameters; a pair breaks even at rank {break_even:.1f}"

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import TYPE_CHECKING
 
-from onnxlr.choice import ANY_RANK, BadlyConditionedError, Choice, Cut, Terms
+from onnxlr.choice import ANY_RANK, BadlyConditionedError, Choice, Cut, Terms, separable_key
 from onnxlr.config import BUDGETS
 from onnxlr.errors import GateError
 from onnxlr.importance import factors, measure_again, measure_alone
@@ -250,7 +250,9 @@ class Chooser:
         choice, stored = well_conditioned(best, lambda refused: self._search(self._planner(refused), limit))
         energy = {}
         for name, damage in choice.damages.items():
-            total = self._importance[name] * self._parts[name].decomposition.total
+            split = choice.cuts[name].form == "separable"
+            part, key = self._parts[name], separable_key(name) if split else name
+            total = self._importance[key] * (part.separation if split else part.decomposition).total
             energy[name] = 1 - damage / total if total else 1.0
         return Plan(choice.cuts, stored, energy, choice.damages)
 

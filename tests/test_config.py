@@ -63,7 +63,10 @@ def test_an_unknown_target_lists_the_known_ones() -> None:
         ({"margin": 0.0}, "margin must be above 0 and at most 1, not 0.0"),
         ({"margin": 1.01}, "margin must be above 0 and at most 1, not 1.01"),
         ({"margin": math.nan}, "margin must be above 0 and at most 1, not nan"),
-        ({"forms": frozenset({"pair", "star"})}, "unknown form 'star': choose of pair, block, shared, width"),
+        (
+            {"forms": frozenset({"pair", "star"})},
+            "unknown form 'star': choose of pair, block, shared, width, separable",
+        ),
         ({"allocation": "fair"}, "unknown allocation 'fair': choose one of global, uniform"),
         ({"floor": -0.1}, "floor must be at least 0 and below 1, not -0.1"),
         ({"floor": 1.0}, "floor must be at least 0 and below 1, not 1.0"),

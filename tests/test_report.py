@@ -174,9 +174,13 @@ def test_the_figures_of_both_models_are_side_by_side(verbose: bool) -> None:
 
 
 def test_the_forms_are_counted() -> None:
-    forms = ("pair", "block", "block with a shared first factor", "pair of 96 hidden units", "dense of 96 hidden units")
+    forms = (
+        "pair", "block", "block with a shared first factor", "pair of 96 hidden units", "dense of 96 hidden units",
+        "separable",
+    )  # fmt: skip
     text = shown(render_report(report(weights=(KEPT, *(replace(CUT, form=form) for form in forms))), verbose=True))
-    assert "5 of 6 weights compressed (2 as pairs, 2 as blocks, 1 narrowed), 1 kept dense" in text
+    made = "2 as pairs, 2 as blocks, 1 narrowed, 1 as columns and rows of kernels"
+    assert f"6 of 7 weights compressed ({made}), 1 kept dense" in " ".join(text.split())
     for form in forms:
         assert form in text
 

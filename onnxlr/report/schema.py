@@ -29,7 +29,8 @@ class WeightReport:
     d_in, d_out
         Its shape, as `y = x W`.
     form
-        What was made of it: "dense", "pair", "block", and what was shared or narrowed (`onnxlr.groups.Cut`).
+        What was made of it: "dense", "pair", "block", "separable" (a column, then a row of a kernel), and what was
+        shared or narrowed (`onnxlr.choice.Cut`).
     rank
         Of its pair or block; None where it stayed dense.
     reason

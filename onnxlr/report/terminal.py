@@ -31,7 +31,9 @@ def render_report(report: Report, *, verbose: bool) -> Iterable[RenderableType]:
             yield render_rows("Not supported", columns, rows)
     kept = [weight for weight in report.weights if weight.form == "dense"]
     forms = Counter(weight.form.partition(" ")[0] for weight in report.weights if weight not in kept)
-    named = {"dense": "narrowed", "pair": "as pairs", "block": "as blocks"}
+    named = {
+        "dense": "narrowed", "pair": "as pairs", "block": "as blocks", "separable": "as columns and rows of kernels"
+    }  # fmt: skip
     made = ", ".join(f"{number} {named[form]}" for form, number in forms.most_common())
     yield (
         f"{len(report.weights) - len(kept)} of {len(report.weights)} weights compressed{f' ({made})' if made else ''}, "

@@ -99,6 +99,8 @@ class Site:
         but multiply and add: its weight can share a first factor with others and be narrowed.
     kernel
         Of a convolution, the spatial sizes of its kernel.
+    taps
+        The columns of a kernel that can be split into one column and one row (`onnxlr.separable`); else 1.
     block_sides
         On which sides it can be written with an identity block (`onnxlr.forms`).
     module
@@ -128,6 +130,7 @@ class Site:
     layout: tuple[object, ...] = ()
     plain: bool = False
     kernel: tuple[int, ...] = ()
+    taps: int = 1
     block_sides: frozenset[Side] = frozenset()
     module: str | None = None
     bodies: tuple[Body, ...] = ()
@@ -244,6 +247,10 @@ class Family(ABC):
         """How many rows of one sample the first and the second product of a pair multiply; 0 where it is unknown."""
         count = (macs(node, shapes) or 0) / (site.groups * site.d_in * site.d_out)
         return count, count
+
+    def strips(self, site: Site, node: gs.Node, shapes: Mapping[str, tuple[int, ...]]) -> float:
+        """How many rows of one sample the first product of a separable kernel multiplies; 0 where it is unknown."""
+        return 0.0
 
     def remaining(self, node: gs.Node) -> tuple[gs.Tensor, str] | None:
         """Another weight of the node, which stays as it is, and why."""

@@ -5,11 +5,16 @@ At every position of the output, `x [C_in * prod(kernel)]` is what the kernel co
 pads and dilations and is a kernel `[r, C_in, ...]`; `B` is one of 1 x 1, `[C_out, r, 1, ...]`, and takes the bias. With
 groups there is a matrix for each, of `C_in / groups` and `C_out / groups` channels, and one rank for all of them.
 
+A kernel of kh x kw can also be split into one column, then one row: `A [C_in * kh, r]` is a kernel `[r, C_in, kh, 1]`
+with the strides, pads and dilations of the first axis, `B [r * kw, C_out]` one `[C_out, r, 1, kw]` with those of the
+second. What the first multiplies are the strips of the input at the rows of the output and at all columns of the input.
+
 The output shows `y` with fewer numbers than the kernel covers, so its moments are gathered wherever they suffice.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +23,16 @@ import onnx_graphsurgeon as gs
 
 from onnxlr.rows import Part, Patches, Rows
 from onnxlr.sites.base import BLOCKS_SINCE, FLOATING, Bias, Product, Site
+from onnxlr.sites.emit import emit
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from numpy.typing import NDArray
 
     from onnxlr.forms import Side
     from onnxlr.sites.constants import GraphView
+    from onnxlr.sites.emit import Parts
 
 DEPTHWISE = (
     "depthwise: every group reads a single channel, so each of its kernels has a rank of 1 or is thinner than it"
@@ -63,6 +72,7 @@ class Conv(Product):
             bias=own_bias(node),
             layout=(node.op, groups, *kernel),
             kernel=tuple(kernel),
+            taps=kernel[1] if len(kernel) == 2 and min(kernel) > 1 else 1,
             block_sides=_block_sides(view, groups, pointwise=unpadded),
         )
 
@@ -84,6 +94,13 @@ class Conv(Product):
         output = gs.Variable(f"{name}/spread", dtype=addend.dtype)
         return gs.Node("Unsqueeze", f"{name}/spread", inputs=[addend, axes], outputs=[output])
 
+    def strips(self, site: Site, node: gs.Node, shapes: Mapping[str, tuple[int, ...]]) -> float:
+        read, written = (shapes.get(tensor.name) for tensor in (node.inputs[0], node.outputs[0]))
+        return 0.0 if site.taps == 1 or read is None or written is None else prod((written[0], written[2], read[3]))
+
+    def put(self, graph: gs.Graph, site: Site, node: gs.Node, parts: Parts) -> None:
+        emit(graph, self if parts.taps == 1 else SEPARABLE, site, node, parts)
+
     def product(
         self,
         site: Site,
@@ -97,6 +114,47 @@ class Conv(Product):
         attributes = dict(node.attrs) if data.name == site.input else pointwise_attributes(site)
         inputs = [data, weight, *([] if addend is None else [addend])]
         return gs.Node("Conv", name, attrs=attributes, inputs=inputs, outputs=[output])
+
+
+class _Separable(Conv):
+    """The products of a kernel that is split: one along each of the two axes."""
+
+    def product(
+        self,
+        site: Site,
+        node: gs.Node,
+        data: gs.Tensor,
+        weight: gs.Tensor,
+        output: gs.Tensor,
+        name: str,
+        addend: gs.Tensor | None = None,
+    ) -> gs.Node:
+        attributes = along(node.attrs, 0 if data.name == site.input else 1)
+        inputs = [data, weight, *([] if addend is None else [addend])]
+        return gs.Node("Conv", name, attrs=attributes, inputs=inputs, outputs=[output])
+
+
+SEPARABLE = _Separable()
+
+
+def halves(site: Site) -> tuple[Site, Site]:
+    """The two convolutions that a split of the kernel makes of one, as sites that read their input."""
+    height, width = site.kernel
+    return replace(site, kernel=(height, 1)), replace(site, kernel=(1, width))
+
+
+def along(attributes: Mapping[str, Any], axis: int) -> dict[str, Any]:
+    """The attributes of a convolution of two axes along one of them: the kernel is 1 along the other.
+
+    With a kernel and a stride of 1 any `auto_pad` adds nothing there.
+    """
+    result = dict(attributes)
+    for name in ("kernel_shape", "strides", "dilations"):
+        if name in result:
+            result[name] = [length if own == axis else 1 for own, length in enumerate(result[name])]
+    if "pads" in result:
+        result["pads"] = [pad if own % 2 == axis else 0 for own, pad in enumerate(result["pads"])]
+    return result
 
 
 def refused(node: gs.Node, view: GraphView) -> str | None:

@@ -2,6 +2,7 @@
 
     dense    y = x W                              pair    h = x A, y = h B
     block    h = x A, y = [h, h M]   (output)     h = x_window + x_rest M, y = h B   (input)
+    separable: a pair of two convolutions, the second of which reads neighbouring `h` (`onnxlr.sites.conv`)
 
 The tensor `y` keeps its name, whatever made it; a constant that the operator added stays with the last product. Where
 it had none, the last product takes the correction if its operator can, and an Add of the correction follows if not.
@@ -36,6 +37,8 @@ class Parts:
         Whether another site that shares the first factor has made `h` already.
     window, split
         Of a block: where its identity lies, and how many features of its side are in the window and outside of it.
+    taps
+        The columns of a separable kernel; else 1.
     """
 
     first: gs.Tensor | None
@@ -45,6 +48,7 @@ class Parts:
     hidden_exists: bool = False
     window: Window | None = None
     split: tuple[int, int] = (0, 0)
+    taps: int = 1
 
 
 def emit(graph: gs.Graph, family: Product, site: Site, node: gs.Node, parts: Parts) -> None:

@@ -1,6 +1,6 @@
 """FusedConv of com.microsoft: a Conv with an activation, and with an addend from elsewhere.
 
-y = f(x W + b + z)      ->      h = x A (Conv),  y = f(h B + b' + z) (FusedConv of 1 x 1)
+y = f(x W + b + z)      ->      h = x A (Conv),  y = f(h B + b' + z) (FusedConv of 1 x 1, or of 1 x kw)
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import onnx_graphsurgeon as gs
 
 from onnxlr.sites.base import MICROSOFT, Site
-from onnxlr.sites.conv import Conv, pointwise_attributes
+from onnxlr.sites.conv import Conv, along, pointwise_attributes
 
 if TYPE_CHECKING:
     from onnxlr.sites.constants import GraphView
@@ -37,12 +37,13 @@ class FusedConv(Conv):
         assert parts.first is not None
         assert parts.hidden is not None
         own = {name: node.attrs.pop(name) for name in POSITIONS if name in node.attrs}
+        first, second = (own, pointwise_attributes(site)) if parts.taps == 1 else (along(own, 0), along(own, 1))
         graph.nodes.append(
             gs.Node(
-                "Conv", f"{site.name}/first", attrs=own, inputs=[node.inputs[0], parts.first], outputs=[parts.hidden]
+                "Conv", f"{site.name}/first", attrs=first, inputs=[node.inputs[0], parts.first], outputs=[parts.hidden]
             )
         )
-        node.attrs.update(pointwise_attributes(site))
+        node.attrs.update(second)
         node.inputs[0], node.inputs[1] = parts.hidden, parts.second
         if parts.bias is not None:
             while len(node.inputs) < 3:

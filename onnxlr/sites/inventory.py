@@ -94,6 +94,7 @@ def take_inventory(model: Model, shapes: Mapping[str, tuple[int, ...]] | None = 
                 parameters=sum(prod(view.shape(view.tensors[source])) for source in sources),
                 macs=None if None in counts else round(first.groups * rows[0] * first.d_in * first.d_out),
                 rows=rows,
+                strips=sum(FAMILIES[site.op].strips(site, nodes[site.output], shapes) for site in members),
             )
         )
         refusals += [rest for site in members if (rest := _remaining(site, nodes[site.output], view, shapes))]

@@ -30,7 +30,8 @@ class Weight:
     `sources` are the stored constants it is read from (several where an exporter copied it), `parameters` their
     elements together. `macs` are those of all its sites for one sample, None where unknown; `rows` how many rows of one
     sample the first and the second product of a pair multiply. `needs_input` is set where the moments of its input
-    matter even if its output is smaller: it ends a chain, or others read the same tensor.
+    matter even if its output is smaller: it ends a chain, or others read the same tensor. `strips` is how many rows of
+    one sample the first product multiplies where the kernel is split.
     """
 
     name: str
@@ -43,6 +44,18 @@ class Weight:
     macs: int | None
     rows: tuple[float, float] = (0, 0)
     needs_input: bool = False
+    strips: float = 0
+
+    @property
+    def taps(self) -> int:
+        """The columns of a kernel that all of its sites can have split into a column and a row; else 1."""
+        kernels = {(site.kernel, site.taps) for site in self.sites}
+        return self.sites[0].taps if len(kernels) == 1 else 1
+
+    @property
+    def in_strips(self) -> Weight:
+        """The weight as a split of its kernel sees it: by its patches, and with the rows of its two products."""
+        return replace(self, needs_input=True, rows=(self.strips, self.rows[1]))
 
     @property
     def shows_input(self) -> bool:
