@@ -15,9 +15,10 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxlr.rows import Patches, Rows
-from onnxlr.sites.base import Product, Site
+from onnxlr.sites.base import Site
 from onnxlr.sites.conv import (
     DEPTHWISE,
+    Conv,
     as_kernel,
     channel_parts,
     own_bias,
@@ -34,11 +35,10 @@ if TYPE_CHECKING:
     from onnxlr.sites.constants import GraphView
 
 
-class ConvTranspose(Product):
-    """The operator ConvTranspose."""
+class ConvTranspose(Conv):
+    """The operator ConvTranspose, whose bias is as that of a Conv."""
 
     ops = frozenset({"ConvTranspose"})
-    adds_bias = True
 
     def find(self, node: gs.Node, view: GraphView) -> Site | str | None:
         data, weight = node.inputs[:2]
@@ -82,12 +82,6 @@ class ConvTranspose(Product):
         width = site.d_in // prod(site.kernel)
         turned = matrix.reshape(site.groups, width, prod(site.kernel), -1).swapaxes(2, 3)
         return turned.reshape(site.groups * width, -1, *site.kernel)
-
-    def stored_bias(self, site: Site, bias: NDArray[Any]) -> NDArray[Any]:
-        return bias
-
-    def addend(self, node: gs.Node) -> gs.Tensor | None:
-        return node.inputs[2] if own_bias(node) else None
 
     def rows(self, site: Site, node: gs.Node, shapes: Mapping[str, tuple[int, ...]]) -> tuple[float, float]:
         read, written = (shapes.get(tensor.name, (0,)) for tensor in (node.inputs[0], node.outputs[0]))
