@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from models import parsed
 
 import onnxlr
-from onnxlr import Config, Target, pipeline
+from onnxlr import Config, Target, search
 from onnxlr.choice import Part, Terms
 from onnxlr.costs import SIZES, Latency
 from onnxlr.errors import GateError
@@ -174,7 +174,7 @@ def ratios(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[float]]:
 
     def given(*values: float) -> list[float]:
         left = list(values)
-        monkeypatch.setattr(pipeline, "_latency", lambda *_: left.pop(0))
+        monkeypatch.setattr(search, "_latency", lambda *_: left.pop(0))
         return left
 
     def clockwork(case: Any, config: Config) -> Latency:
@@ -182,7 +182,7 @@ def ratios(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[float]]:
         whole = sum(costs.dense(weight) for weight in case.inventory.weights)
         return costs_of(case.inventory, 1, whole)[0]
 
-    monkeypatch.setattr(pipeline, "_costs", clockwork)
+    monkeypatch.setattr(search, "_costs", clockwork)
     return given
 
 
