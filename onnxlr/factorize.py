@@ -229,10 +229,16 @@ def _between(weight: Matrix, gain: Gain | None) -> Matrix:
     return weight @ weight.T if gain is None else gain.between(weight)
 
 
+def _energy(covariance: Matrix, gram: Matrix, moments: Moments) -> float:
+    """That of the output; 0 where it is but rounding."""
+    energy = float(np.vdot(covariance, gram))
+    return energy if energy > _floor(moments, float(moments.mean @ gram @ moments.mean)) else 0.0
+
+
 def _root_of_inputs(covariance: Matrix, gram: Matrix, moments: Moments, ridge: float) -> Matrix:
     """An upper triangular `R`, of `R^T R` the covariance with the ridge that the gram of the weight gives."""
-    energy = float(np.vdot(covariance, gram))
-    if energy <= _floor(moments, float(moments.mean @ gram @ moments.mean)):
+    energy = _energy(covariance, gram, moments)
+    if not energy:
         return np.eye(len(gram))
     level = ridge * energy / max(float(np.trace(gram)), np.finfo(np.float64).tiny)
     # less is what rounding makes of eigenvalues that are 0, most of all beside a large mean
@@ -253,8 +259,10 @@ def foreseen_by_inputs(weight: Matrix, moments: Moments, gain: Gain | None) -> M
 
     The ridge counts too: it adds at most the share `RIDGE` of the whole.
     """
-    gram = _between(weight, gain)
-    root = _root_of_inputs(moments.covariance, gram, moments, RIDGE)
+    covariance, gram = moments.covariance, _between(weight, gain)
+    if not _energy(covariance, gram, moments):
+        return np.zeros(len(gram) + 1)
+    root = _root_of_inputs(covariance, gram, moments, RIDGE)
     return tails(eigenvalues(root @ gram @ root.T))
 
 

@@ -121,16 +121,18 @@ def _is_nested(group: Group) -> bool:
 
 def measure_again(
     choice: Choice,
+    cut: Mapping[str, Factors],
+    whole: float,
     groups: Sequence[Group],
     importance: Importance,
     trial: Trial,
     probed: Observed,
     progress: Callable[[int], None],
 ) -> dict[str, float]:
-    """Importances as they are where `choice` is made; `importance` are those that it was made with."""
-    parts = [part for group in groups for part in group.parts]
-    cut = factors(parts, choice.store(False))
-    whole = trial.error(cut, probed) ** 2
+    """Importances as they are where `choice` is made; `importance` are those that it was made with.
+
+    `cut` are its factors, and `whole` is the squared error of the outputs with all of them.
+    """
     if not np.isfinite(whole):
         return dict(importance)
     changes: dict[int, float] = {}

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 SEARCH_SAMPLES = 256
 """Held-out samples that a search runs again and again; the final validation takes all of them."""
 IMPORTANCE_SAMPLES, FEW_SAMPLES, IMPORTANCE_ROWS = 16, 4, 64
-"""Calibration samples on which the importance of weights is measured: fewer, where those have so many tokens."""
+"""Calibration samples on which the importance of weights is measured: the few, where those have so many tokens."""
 QUANTIZE_SAMPLES = 64
 """Calibration samples that show the range of activations, where those are quantized beforehand."""
 ATTEMPTS = 3
@@ -254,13 +254,14 @@ def _keep(config: Config, work: Work) -> Keep:
 
 
 def _probed(case: Case, trial: Trial) -> Observed:
-    """What importances are measured on: fewer samples where each gives many rows out."""
-    least = fixed_batch(case.inputs) or 1
-    observed = trial.observe(spread(case.calibration, max(FEW_SAMPLES, least)))
+    """What importances are measured on: few samples where each gives many rows out, or where more would take long."""
+    few = max(FEW_SAMPLES, fixed_batch(case.inputs) or 1)
+    observed = trial.observe(spread(case.calibration, few))
     tokens = sum(max(prod(array.shape[:2]) * (array.ndim == 3) for array in out.values()) for _, out, _ in observed)
-    if tokens >= IMPORTANCE_ROWS:
-        return observed
-    return trial.observe(spread(case.calibration, max(IMPORTANCE_SAMPLES, least)))
+    # the model runs once for every weight: over as many samples in all as calibration ran on
+    affordable = sum(1 for _ in case.calibration.read()) // max(1, len(case.weights))
+    many = min(IMPORTANCE_SAMPLES, affordable)
+    return observed if tokens >= IMPORTANCE_ROWS or many <= few else trial.observe(spread(case.calibration, many))
 
 
 def _costs(case: Case, config: Config) -> Costs:

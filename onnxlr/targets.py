@@ -179,6 +179,12 @@ def well_conditioned(choice: Choice, again: Callable[[frozenset[Block]], Choice]
     raise AssertionError("unreachable: there are only so many blocks")
 
 
+def _predicted(choice: Choice, error: float) -> bool:
+    """Whether the predicted error is off by no more than `TRUSTED` on the samples that it was predicted from."""
+    predicted: float = sum(choice.damages.values()) ** 0.5
+    return error / TRUSTED <= predicted <= error * TRUSTED
+
+
 class Chooser:
     """Finds the plan that meets the configured target.
 
@@ -234,19 +240,7 @@ class Chooser:
         GateError
             There is none; the message says what can be reached.
         """
-        best = self._search(self._planner(), limit)
-        for _ in range(self._config.rounds):
-            if not self._mispredicted(best):
-                break
-            kept = self._importance
-            self._importance = measure_again(
-                best, self._groups, kept, self._trial, self._probed, lambda done: self._progress("rounds", done, None)
-            )
-            found = self._search(self._planner(), limit)
-            if not self._better(found, best):
-                self._importance = kept
-                break
-            best = found
+        best = self._again(self._search(self._planner(), limit), limit)
         choice, stored = well_conditioned(best, lambda refused: self._search(self._planner(refused), limit))
         energy = {}
         for name, damage in choice.damages.items():
@@ -255,6 +249,30 @@ class Chooser:
             total = self._importance[key] * (part.separation if split else part.decomposition).total
             energy[name] = 1 - damage / total if total else 1.0
         return Plan(choice.cuts, stored, energy, choice.damages)
+
+    def _again(self, best: Choice, limit: float) -> Choice:
+        """The choice for `limit` once importances are measured again, as long as that makes it better."""
+        error: float | None = None
+        for _ in range(self._config.rounds):
+            cut = self._factors(best)
+            error = self._trial.error(cut, self._probed) if error is None else error
+            if _predicted(best, error):
+                break
+            kept = self._importance
+            self._importance = measure_again(
+                best, cut, error**2, self._groups, kept, self._trial, self._probed,
+                lambda done: self._progress("rounds", done, None),
+            )  # fmt: skip
+            del cut
+            found = self._search(self._planner(), limit)
+            found_error = self._trial.error(self._factors(found), self._probed)
+            # where the error is the target, it is the cost that tells
+            by_error = self._config.target.kind in BUDGETS
+            if not (found_error < error if by_error else found.cost < best.cost):
+                self._importance = kept
+                break
+            best, error = found, found_error
+        return best
 
     def rest(self) -> None:
         """Give back the memory that is needed for the next plan only."""
@@ -265,19 +283,6 @@ class Chooser:
 
     def _factors(self, choice: Choice) -> dict[str, Factors]:
         return factors(list(self._parts.values()), choice.store(False))
-
-    def _mispredicted(self, choice: Choice) -> bool:
-        """Whether the predicted error is off by more than `TRUSTED` on the samples that it was predicted from."""
-        predicted = sum(choice.damages.values()) ** 0.5
-        measured = self._trial.error(self._factors(choice), self._probed)
-        return not measured / TRUSTED <= predicted <= measured * TRUSTED
-
-    def _better(self, found: Choice, best: Choice) -> bool:
-        """Whether a choice for the same target errs less or, where the error is the target, costs less."""
-        if self._config.target.kind not in BUDGETS:
-            return found.cost < best.cost
-        new, old = (self._trial.error(self._factors(choice), self._probed) for choice in (found, best))
-        return new < old
 
     def _search(self, planner: Planner, limit: float) -> Choice:
         kind = self._config.target.kind

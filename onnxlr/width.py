@@ -117,12 +117,11 @@ def _lost(shown: Matrix) -> Matrix:
 
 def stand_in(weight: Matrix, moments: Moments | None, kept: Index) -> tuple[Matrix, Matrix | None]:
     """`W_K [width, d_out]` for the units `kept`, and the correction of the bias [d_out], None without data."""
-    covariance = _covariance(moments, len(weight))[kept]
+    covariance = _covariance(moments, len(weight))
     gone = np.delete(np.arange(len(weight)), kept)
-    missing = scipy.linalg.solve(
-        covariance[:, kept], covariance[:, gone] @ weight[gone], assume_a="pos", check_finite=False
-    )
-    solved = weight[kept] + missing
+    lower = scipy.linalg.cho_factor(covariance[np.ix_(kept, kept)], lower=True, overwrite_a=True, check_finite=False)
+    missing = covariance[np.ix_(kept, gone)] @ weight[gone]
+    solved = weight[kept] + scipy.linalg.cho_solve(lower, missing, overwrite_b=True, check_finite=False)
     if moments is None:
         return solved, None
     return solved, moments.mean @ weight - moments.mean[kept] @ solved

@@ -28,7 +28,7 @@ from onnxlr.choice import Choice, Terms
 from onnxlr.costs import Parameters
 from onnxlr.data import batches, open_data, spread
 from onnxlr.groups import group
-from onnxlr.importance import measure_again, measure_alone
+from onnxlr.importance import factors, measure_again, measure_alone
 from onnxlr.metrics import relative_error
 from onnxlr.parts import parts_of
 from onnxlr.rewrite import rewrite
@@ -124,7 +124,10 @@ class Objective:
             return Planner(groups, terms).fits(budget)
 
         for _ in range(rounds):
-            importance = measure_again(fits(), groups, importance, self.trial, self.probed, lambda _: None)
+            choice = fits()
+            cut = factors(self.parts, choice.store(False))
+            whole = self.trial.error(cut, self.probed) ** 2
+            importance = measure_again(choice, cut, whole, groups, importance, self.trial, self.probed, lambda _: None)
         return well_conditioned(fits(), fits)
 
 
