@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
-from onnxlr.factorize import evened
+from onnxlr.factors import evened
 from onnxlr.forms import Stored
 from onnxlr.layer import Unread
 from onnxlr.recent import decomposed
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from onnxlr.config import Config
     from onnxlr.costs import Costs
-    from onnxlr.factorize import Decomposition, Factors
+    from onnxlr.factors import Decomposition, Factors
     from onnxlr.forms import Products, Side
     from onnxlr.layer import Layer
     from onnxlr.recent import Recent

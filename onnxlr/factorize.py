@@ -29,14 +29,12 @@ fisher
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import scipy.linalg
 
+from onnxlr.factors import Decomposition, Factors, Ordered, balanced, tails
 from onnxlr.spectrum import eigen, eigenvalues, output_spectrum, rank_for_energy
 
 if TYPE_CHECKING:
@@ -44,85 +42,13 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from onnxlr.gain import Gain
     from onnxlr.gram import Moments
 
     Matrix = NDArray[np.float64]
 
-SHRINKAGE = 0.03
-"""Weight of the identity in the gradient moments: a random probe a row is a noisy look at them."""
 RIDGE = 1e-6
 """Weight of the regularisation of the output objective, relative to the mean energy of a direction."""
-
-
-@dataclass(frozen=True, slots=True)
-class Factors:
-    """`x W + b ~ (x first) second + b + bias`; first [d_in, r], second [r, d_out], bias [d_out] or None, float64.
-
-    Of several weights side by side they are [groups, d_in, r], [groups, r, d_out] and [groups * d_out].
-    """
-
-    first: Matrix
-    second: Matrix
-    bias: Matrix | None
-
-    @property
-    def rank(self) -> int:
-        """The number of columns of `first`."""
-        return int(self.first.shape[-1])
-
-
-class Decomposition(Protocol):
-    """A weight prepared for one objective."""
-
-    @property
-    def total(self) -> float:
-        """The damage of cutting everything."""
-
-    def damage(self, rank: int) -> float:
-        """The damage of a cut at `rank`, in the same unit; 0 at full rank."""
-
-    def rank_for(self, energy: float) -> int:
-        """The least rank that keeps the share `energy`, in the sense of the objective."""
-
-    def cut(self, rank: int) -> Factors:
-        """Balanced factors of rank `rank`."""
-
-    def unbalanced(self, rank: int) -> Factors:
-        """The same product as it comes, for less: for those who only try it."""
-
-    def cut_by_energy(self, energy: float, rank: int) -> tuple[Factors, float]:
-        """Balanced factors that keep the share `energy`, at a rank of at least `rank_for(energy)`, and their damage."""
-
-
-def tails(energies: Matrix) -> Matrix:
-    """What is lost at every rank from 0 to the full one [k + 1], of directions of falling energy [k]."""
-    return np.append(np.cumsum(energies[::-1])[::-1], 0.0)
-
-
-class Ordered(ABC):
-    """Directions with an energy each [k], taken in this order: the damage of a cut is the energy of the tail."""
-
-    def __init__(self, energies: Matrix) -> None:
-        self._energies, self._tails = energies, tails(energies)
-
-    @property
-    def total(self) -> float:
-        return float(self._tails[0])
-
-    def damage(self, rank: int) -> float:
-        return float(self._tails[min(rank, len(self._energies))])
-
-    def rank_for(self, energy: float) -> int:
-        return rank_for_energy(self._energies, energy)
-
-    @abstractmethod
-    def unbalanced(self, rank: int) -> Factors: ...
-
-    def cut(self, rank: int) -> Factors:
-        return balanced(self.unbalanced(rank))
-
-    def cut_by_energy(self, energy: float, rank: int) -> tuple[Factors, float]:
-        return self.cut(rank), self.damage(rank)
 
 
 class WeightDecomposition(Ordered):
@@ -347,64 +273,6 @@ def _side_by_side(cuts: Sequence[Factors]) -> Factors:
     return Factors(np.stack(first), np.stack(second), np.concatenate(biases) if biases else None)
 
 
-class Gain:
-    """A symmetric positive definite `G [d_out, d_out]` by which errors of an output are weighed, `e G e^T`.
-
-    Block diagonal, of one block or several; a block that is a vector stands for a diagonal.
-    """
-
-    def __init__(self, *blocks: Matrix) -> None:
-        self._blocks = blocks
-
-    @classmethod
-    def of(cls, gradients: Moments) -> Gain:
-        """`E[g^T g]` of the network's gradients at an output, regularised; the identity where there are none."""
-        gram = gradients.second
-        scale = float(np.trace(gram)) / len(gram)
-        if not scale > 0:
-            return cls(np.ones(len(gram)))
-        gram.flat[:: len(gram) + 1] += SHRINKAGE * scale
-        return cls(gram)
-
-    @classmethod
-    def stacked(cls, gains: Sequence[Gain], scales: Sequence[float]) -> Gain:
-        """That of outputs side by side; each multiplied by its scale."""
-        pairs = zip(gains, scales, strict=True)
-        return cls(*(scale * block for gain, scale in pairs for block in gain._blocks))
-
-    def kept(self, features: NDArray[np.intp]) -> Gain:
-        """That of some features of the output, in that order."""
-        (block,) = self._blocks
-        return Gain(block[features] if block.ndim == 1 else block[np.ix_(features, features)])
-
-    def between(self, weight: Matrix) -> Matrix:
-        """`W G W^T [d_in, d_in]` of `W [d_in, d_out]`."""
-        result, start = np.zeros((len(weight), len(weight))), 0
-        for block in self._blocks:
-            own = weight[:, start : start + len(block)]
-            result += (own * block if block.ndim == 1 else own @ block) @ own.T
-            start += len(block)
-        return result
-
-    @cached_property
-    def root(self) -> Matrix:
-        """A lower triangular `L` with `L L^T = G`: the weighed error is `|e L|^2`."""
-        roots = (
-            np.diag(np.sqrt(block)) if block.ndim == 1 else scipy.linalg.cholesky(block, lower=True, check_finite=False)
-            for block in self._blocks
-        )
-        root: Matrix = scipy.linalg.block_diag(*roots)
-        return root
-
-    @cached_property
-    def inverse_root(self) -> Matrix:
-        """`L^-1`."""
-        inverse: Matrix = scipy.linalg.solve_triangular(
-            self.root, np.eye(len(self.root)), lower=True, check_finite=False
-        )
-        return inverse
-
-
 class UtilizedDecomposition:
     """The objective "utilized" for `weight [d_in, d_out]` and the moments of its input rows [d_in]."""
 
@@ -447,27 +315,3 @@ class UtilizedDecomposition:
         if k_input <= k_output:
             return balanced(Factors(seen, core @ used.T, None))
         return balanced(Factors(seen @ core, used.T, None))
-
-
-def evened(factors: Factors) -> Factors:
-    """The same product with every column of the first factor as long as its row of the second.
-
-    For next to nothing, and enough to hold the numbers of both in the range of one type.
-    """
-    columns, rows = np.linalg.norm(factors.first, axis=-2), np.linalg.norm(factors.second, axis=-1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        scale = np.where((columns > 0) & (rows > 0), np.sqrt(rows / columns), 1.0)
-    return Factors(factors.first * scale[..., None, :], factors.second / scale[..., :, None], factors.bias)
-
-
-def balanced(factors: Factors) -> Factors:
-    """The same product with the singular values split evenly between the two factors.
-
-    Two thin QR decompositions and one small SVD: `A = Q1 R1`, `B^T = Q2 R2`, `R1 R2^T = U s V^T`. Unbalanced pairs
-    overflow in fp16 and cannot be fine-tuned at one learning rate.
-    """
-    left, upper = scipy.linalg.qr(factors.first, mode="economic", check_finite=False)
-    right, lower = scipy.linalg.qr(factors.second.T, mode="economic", check_finite=False)
-    u, singular, vt = scipy.linalg.svd(upper @ lower.T, full_matrices=False, check_finite=False)
-    root = np.sqrt(singular)
-    return Factors((left @ u) * root, root[:, None] * (vt @ right.T), factors.bias)

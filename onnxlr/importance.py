@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
     from onnxlr.choice import Choice, Part
     from onnxlr.config import Config
-    from onnxlr.factorize import Factors
+    from onnxlr.factors import Factors
     from onnxlr.forms import Stored
-    from onnxlr.groups import Group
+    from onnxlr.offers import Group
     from onnxlr.trial import Observed, Trial
 
     Importance = Mapping[str, float]

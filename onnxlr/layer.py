@@ -14,7 +14,6 @@ import numpy as np
 import scipy.linalg
 
 from onnxlr.factorize import (
-    Gain,
     GroupedDecomposition,
     InputDecomposition,
     OutputDecomposition,
@@ -23,8 +22,9 @@ from onnxlr.factorize import (
     WeightDecomposition,
     foreseen_by_inputs,
     foreseen_by_outputs,
-    tails,
 )
+from onnxlr.factors import tails
+from onnxlr.gain import Gain
 from onnxlr.tied import TiedDecomposition
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from onnxlr.factorize import Decomposition
+    from onnxlr.factors import Decomposition
     from onnxlr.gram import Moments
 
     Matrix = NDArray[np.float64]

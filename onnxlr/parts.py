@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from onnxlr.choice import Part, separable_ranks
 from onnxlr.errors import ConfigError
-from onnxlr.factorize import Gain, GroupedDecomposition, WeightDecomposition
+from onnxlr.factorize import GroupedDecomposition, WeightDecomposition
+from onnxlr.gain import Gain
 from onnxlr.layer import Layer, Unread, grouped
 from onnxlr.probes import (
     WIDEST,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
     from onnxlr.case import Case
     from onnxlr.config import Config
-    from onnxlr.factorize import Decomposition
+    from onnxlr.factors import Decomposition
     from onnxlr.gram import Stats
     from onnxlr.sites import Weight
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from onnxlr.factorize import Decomposition, Factors
+    from onnxlr.factors import Decomposition, Factors
 
 
 class Recent:

@@ -26,13 +26,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import scipy.linalg
 
-from onnxlr.factorize import Factors, Ordered, OutputDecomposition
+from onnxlr.factorize import OutputDecomposition
+from onnxlr.factors import Factors, Ordered
 from onnxlr.gram import Moments
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from onnxlr.factorize import Gain
+    from onnxlr.gain import Gain
 
     Matrix = NDArray[np.float64]
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import scipy.linalg
 
-from onnxlr.factorize import Factors, balanced
+from onnxlr.factors import Factors, balanced
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

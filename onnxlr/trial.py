@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from onnxlr.config import Config
     from onnxlr.data import Feed, Sample, TensorSpec
-    from onnxlr.factorize import Factors
+    from onnxlr.factors import Factors
     from onnxlr.model_io import Model
     from onnxlr.rewrite import SiteArrays
     from onnxlr.sites import Inventory, Site, Weight

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import scipy.linalg
 
-from onnxlr.factorize import tails
+from onnxlr.factors import tails
 from onnxlr.spectrum import eigenvalues
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from models import relative, run
 
 from onnxlr.calibrate import accumulate
 from onnxlr.config import Config
-from onnxlr.factorize import Factors, WeightDecomposition
+from onnxlr.factorize import WeightDecomposition
+from onnxlr.factors import Factors
 from onnxlr.forms import Stored
 from onnxlr.layer import Layer, grouped
 from onnxlr.probes import weight_moments

@@ -17,7 +17,7 @@ import onnxlr
 from onnxlr.calibrate import accumulate
 from onnxlr.config import Config, Target
 from onnxlr.errors import ModelError
-from onnxlr.factorize import Factors
+from onnxlr.factors import Factors
 from onnxlr.forms import MAX_CONDITION, Stored, as_block, best_window
 from onnxlr.layer import Layer, grouped
 from onnxlr.model_io import Model, from_proto

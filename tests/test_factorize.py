@@ -12,14 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxlr import layer as of_model
-from onnxlr.factorize import Factors, OutputDecomposition, UtilizedDecomposition, WeightDecomposition, balanced
+from onnxlr.factorize import OutputDecomposition, UtilizedDecomposition, WeightDecomposition
+from onnxlr.factors import Factors, balanced
 from onnxlr.gram import Moments
 from onnxlr.spectrum import rank_for_energy
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from onnxlr.factorize import Decomposition
+    from onnxlr.factors import Decomposition
 
     Matrix = NDArray[np.float64]
 

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from onnxlr.factorize import RIDGE, Factors, Gain, evened
+from onnxlr.factorize import RIDGE
+from onnxlr.factors import Factors, evened
+from onnxlr.gain import Gain
 from onnxlr.gram import Moments
 from onnxlr.layer import Layer, stacked
 from onnxlr.recent import Recent, decomposed
@@ -18,7 +20,7 @@ from onnxlr.width import Elimination
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from onnxlr.factorize import Decomposition
+    from onnxlr.factors import Decomposition
 
     Matrix = NDArray[np.float64]
 

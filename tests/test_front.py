@@ -15,7 +15,7 @@ import onnxlr
 from onnxlr.calibrate import accumulate
 from onnxlr.config import Config, Target
 from onnxlr.errors import ModelError
-from onnxlr.factorize import Factors
+from onnxlr.factors import Factors
 from onnxlr.forms import Stored
 from onnxlr.layer import Layer, grouped
 from onnxlr.model_io import from_proto

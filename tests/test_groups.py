@@ -18,12 +18,13 @@ from models import parsed, random, relative, run
 from onnxlr.choice import ANY_RANK, BadlyConditionedError, Cut, Part, Terms, width_key
 from onnxlr.config import Config, Target
 from onnxlr.costs import Latency, Macs, Parameters
-from onnxlr.factorize import Gain
 from onnxlr.forms import MAX_CONDITION
+from onnxlr.gain import Gain
 from onnxlr.gram import Moments
-from onnxlr.groups import Chained, Shared, Single, group
+from onnxlr.groups import Chained, group
 from onnxlr.importance import factors, measure_alone
 from onnxlr.layer import Layer
+from onnxlr.offers import Shared, Single
 from onnxlr.plan import Option, joined, lower_hull
 from onnxlr.rewrite import rewrite
 from onnxlr.session import Session

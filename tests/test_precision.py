@@ -17,7 +17,7 @@ from onnxlr.calibrate import accumulate
 from onnxlr.case import prepare
 from onnxlr.config import Config, Target
 from onnxlr.errors import ModelError, RangeError
-from onnxlr.factorize import Factors
+from onnxlr.factors import Factors
 from onnxlr.forms import LARGEST, Stored, Window, holds
 from onnxlr.gram import Moments
 from onnxlr.latency import Timings

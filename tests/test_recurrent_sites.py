@@ -11,7 +11,7 @@ import pytest
 from models import parsed, random, relative, run
 from onnx.reference import ReferenceEvaluator
 
-from onnxlr.factorize import Factors
+from onnxlr.factors import Factors
 from onnxlr.forms import Stored
 from onnxlr.rewrite import rewrite
 from onnxlr.shapes import measure_shapes

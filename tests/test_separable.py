@@ -20,8 +20,9 @@ from onnxlr.case import prepare
 from onnxlr.choice import Cut, separable_ranks
 from onnxlr.config import FORMS, Config, Target
 from onnxlr.errors import ModelError, StatsError
-from onnxlr.factorize import Gain, WeightDecomposition
+from onnxlr.factorize import WeightDecomposition
 from onnxlr.forms import Stored, separable_products
+from onnxlr.gain import Gain
 from onnxlr.gram import Moments
 from onnxlr.parts import parts_of
 from onnxlr.plan_file import load_plan, save_plan

@@ -18,17 +18,18 @@ from onnxlr.config import Config, Target
 from onnxlr.costs import Macs, Parameters
 from onnxlr.errors import GateError
 from onnxlr.gram import Moments
-from onnxlr.groups import Single, group
+from onnxlr.groups import group
 from onnxlr.importance import MOST_CORRECTED
 from onnxlr.layer import Layer
 from onnxlr.model_io import from_proto
+from onnxlr.offers import Single
 from onnxlr.sites import Inventory, take_inventory
 from onnxlr.targets import EVEN_STEPS, SEARCH_STEPS, Chooser, Plan, Planner, by_energy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from onnxlr.factorize import Factors
+    from onnxlr.factors import Factors
     from onnxlr.forms import Stored
     from onnxlr.sites import Weight
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from models import FORMS, Form, parsed, random, relative, run
 
 from onnxlr.config import Config
-from onnxlr.factorize import Factors, WeightDecomposition
+from onnxlr.factorize import WeightDecomposition
+from onnxlr.factors import Factors
 from onnxlr.forms import Stored
 from onnxlr.rewrite import rewrite as rewritten
 from onnxlr.session import Session
