@@ -180,6 +180,13 @@ def _root_of_inputs(covariance: Matrix, gram: Matrix, moments: Moments, ridge: f
             return root
 
 
+def least_squares(weight: Matrix, moments: Moments) -> InputDecomposition | OutputDecomposition:
+    """The objective "output" from moments of the input, by the smaller of the two matrices."""
+    if weight.shape[0] < weight.shape[1]:
+        return InputDecomposition(weight, moments)
+    return OutputDecomposition(weight, moments)
+
+
 def foreseen_by_inputs(weight: Matrix, moments: Moments, gain: Gain | None) -> Matrix:
     """What `InputDecomposition` loses at every rank [d_in + 1], by eigenvalues alone.
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import scipy.linalg
 
-from onnxlr.factorize import OutputDecomposition
+from onnxlr.factorize import least_squares
 from onnxlr.factors import Factors, Ordered
 from onnxlr.gram import Moments
 
@@ -68,7 +68,7 @@ class SeparableDecomposition(Ordered):
     def __init__(self, weight: Matrix, taps: int, most: int, moments: Moments, gain: Gain | None = None) -> None:
         self._weight, self._taps, self._mean, self._gain = weight, taps, moments.mean, gain
         weighed = weight if gain is None else weight @ gain.root
-        strips = OutputDecomposition(as_columns(weighed, taps), strip_moments(moments, taps))
+        strips = least_squares(as_columns(weighed, taps), strip_moments(moments, taps))
         # orthonormal, so that P^T C P is as well conditioned as C whatever the weight
         self._first = scipy.linalg.qr(strips.unbalanced(most).first, mode="economic", check_finite=False)[0]
         most = self._first.shape[1]
