@@ -18,7 +18,7 @@ from onnxlr.data import batches, sample_count
 from onnxlr.errors import DataError
 from onnxlr.gram import OnDemand, Stats, beside
 from onnxlr.inner import bring_out, outputs_of, pieces
-from onnxlr.liveness import consumed, needed
+from onnxlr.liveness import consumed, initializer_names, needed
 from onnxlr.model_io import from_proto
 from onnxlr.probes import Probe, as_seen, probe_key, site_probes
 from onnxlr.running import RunningMoments, packed_bytes
@@ -204,9 +204,10 @@ def _probing(
         del graph.output[:], graph.node[:]
         graph.output.extend(outputs)
         graph.node.extend(nodes)
-        read = consumed(nodes, outputs)
-        for index in reversed([i for i, tensor in enumerate(graph.initializer) if tensor.name not in read]):
-            del graph.initializer[index]
+        unread = initializer_names(graph) - consumed(nodes, outputs)
+        for field in (graph.initializer, graph.input):
+            for index in reversed([i for i, each in enumerate(field) if each.name in unread]):
+                del field[index]
     return Session(probed, provider=config.provider, threads=config.threads, streaming=True)
 
 
