@@ -130,14 +130,16 @@ def _store(choices: Sequence[Choice], final: bool, keep: Keep) -> dict[str, Stor
 class Narrowing:
     """What is left of a weight whose hidden units were dropped.
 
-    `inputs` or `outputs` are the features kept, `width` their number, `bias` gives the correction that this alone
-    makes, and `foreseen` what a cut on top of it loses at every rank, where that is known.
+    `inputs` or `outputs` are the features kept, `width` their number. `bias` gives the correction that this alone
+    makes, `matrix` the weight that is left, where that takes less than its layer. `foreseen` is what a cut on top of it
+    loses at every rank, where that is known.
     """
 
     width: int
     inputs: Index | None = None
     outputs: Index | None = None
     bias: Callable[[], NDArray[np.float64]] | None = None
+    matrix: Callable[[], NDArray[np.float64]] | None = None
     foreseen: NDArray[np.float64] | None = None
 
     def put(self, stored: Stored) -> Stored:
@@ -244,9 +246,11 @@ class Part:
 
     def dense(self) -> dict[str, Stored]:
         """What is stored where no rank is cut: nothing new for the whole weight."""
-        if self.narrowing is None:
+        narrowing = self.narrowing
+        if narrowing is None:
             return {}
-        return {self.name: self.narrowing.put(Stored(None, self.layer.matrix, None))}
+        matrix = self.layer.matrix if narrowing.matrix is None else narrowing.matrix()
+        return {self.name: narrowing.put(Stored(None, matrix, None))}
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from onnxlr.layer import Layer
     from onnxlr.sites import Inventory
 
+    Matrix = NDArray[np.float64]
+
 NARROWED = (0.75, 0.5, 0.25)
 """The shares of a chain's hidden units at which the narrowed weights are offered as pairs and blocks as well."""
 
@@ -40,6 +42,7 @@ class Chained:
     def __init__(self, producers: Sequence[Part], consumer: Part, config: Config) -> None:
         self._producers, self.consumer, self._config = tuple(producers), consumer, config
         self.parts = (*self._producers, consumer)
+        self._stood_in: tuple[int, tuple[Matrix, Matrix]] | None = None
 
     @cached_property
     def elimination(self) -> Elimination:
@@ -83,18 +86,38 @@ class Chained:
             )
             for part in self._producers
         ]
-        rest = _Rest(self.consumer, kept)
         consumer = replace(
             self.consumer,
-            source=Unread(width, self.consumer.d_out, rest.layer),
+            source=Unread(width, self.consumer.d_out, lambda: self._rest(width)),
             narrowing=Narrowing(
                 width,
                 inputs=kept,
-                bias=rest.bias if self._config.corrects_bias and self.elimination.has_mean else None,
+                bias=(lambda: self._stand_in(width)[1]) if self._corrects else None,
+                matrix=lambda: self._stand_in(width)[0],
                 foreseen=self.elimination.foreseen(width) if width in self._cut_too else None,
             ),
         )
         return self._groups(producers, consumer)
+
+    @property
+    def _corrects(self) -> bool:
+        return self._config.corrects_bias and self.elimination.has_mean
+
+    def _rest(self, width: int) -> Layer:
+        matrix, _ = self._stand_in(width)
+        return self.consumer.layer.narrowed_inputs(self.elimination.kept(width), matrix)
+
+    def _stand_in(self, width: int) -> tuple[Matrix, Matrix]:
+        """The consumer's weight for `width` units, and what corrects its bias; the last are kept, where there is room.
+
+        A plan that is tried, tried again and stored asks for the same ones.
+        """
+        if self._stood_in is not None and self._stood_in[0] == width:
+            return self._stood_in[1]
+        layer = self.consumer.layer
+        found = stand_in(layer.matrix, layer.moments, self.elimination.kept(width))
+        self._stood_in = None if self.consumer.memory is not None else (width, found)
+        return found
 
     def options(self, terms: Terms) -> list[Option[Choice]]:
         found = [self._chosen(option, 0.0) for option in _joined_options(self._whole, terms)]
@@ -165,26 +188,6 @@ class Chained:
 
 def _narrowed_outputs(part: Part, kept: Index) -> Layer:
     return part.layer.narrowed_outputs(kept)
-
-
-class _Rest:
-    """A weight with some of its inputs only, made anew whenever it is looked at; what stays is its bias."""
-
-    def __init__(self, part: Part, kept: Index) -> None:
-        self._part, self._kept = part, kept
-        self._bias: NDArray[np.float64] | None = None
-
-    def layer(self) -> Layer:
-        whole = self._part.layer
-        matrix, self._bias = stand_in(whole.matrix, whole.moments, self._kept)
-        return whole.narrowed_inputs(self._kept, matrix)
-
-    def bias(self) -> NDArray[np.float64]:
-        """What corrects the bias."""
-        if self._bias is None:
-            self.layer()
-        assert self._bias is not None
-        return self._bias
 
 
 def _joined_options(groups: Sequence[Group], terms: Terms) -> list[Option[tuple[Choice, ...]]]:

@@ -115,15 +115,15 @@ def _lost(shown: Matrix) -> Matrix:
     return tails(eigenvalues(narrow @ narrow.T))
 
 
-def stand_in(weight: Matrix, moments: Moments | None, kept: Index) -> tuple[Matrix, Matrix | None]:
-    """`W_K [width, d_out]` for the units `kept`, and the correction of the bias [d_out], None without data."""
+def stand_in(weight: Matrix, moments: Moments | None, kept: Index) -> tuple[Matrix, Matrix]:
+    """`W_K [width, d_out]` for the units `kept`, and the correction of the bias [d_out], 0 without data."""
     covariance = _covariance(moments, len(weight))
     gone = np.delete(np.arange(len(weight)), kept)
     lower = scipy.linalg.cho_factor(covariance[np.ix_(kept, kept)], lower=True, overwrite_a=True, check_finite=False)
     missing = covariance[np.ix_(kept, gone)] @ weight[gone]
     solved = weight[kept] + scipy.linalg.cho_solve(lower, missing, overwrite_b=True, check_finite=False)
     if moments is None:
-        return solved, None
+        return solved, np.zeros(weight.shape[1])
     return solved, moments.mean @ weight - moments.mean[kept] @ solved
 
 
@@ -147,12 +147,17 @@ def _last_first(covariance: Matrix, value: Matrix, step: int) -> Index:
     scale = np.sqrt(np.diag(covariance))
     scaled = value * scale[:, None]
     scaled /= max(float(np.abs(scaled).max(initial=0.0)), np.finfo(np.float64).tiny)
-    correlations = covariance / scale
-    correlations /= scale[:, None]
     try:
-        return _eliminated(np.asfortranarray(correlations, np.float32), scaled.astype(np.float32), step)[::-1]
+        return _eliminated(_correlations(covariance, scale, np.float32), scaled.astype(np.float32), step)[::-1]
     except np.linalg.LinAlgError:
-        return _eliminated(np.asfortranarray(correlations), scaled, step)[::-1]
+        return _eliminated(_correlations(covariance, scale, np.float64), scaled, step)[::-1]
+
+
+def _correlations(covariance: Matrix, scale: Matrix, dtype: type[np.floating[Any]]) -> Any:
+    result = np.empty(covariance.shape, dtype, order="F")
+    for rows in np.array_split(np.arange(len(scale)), max(1, len(scale) // 256)):
+        result[rows] = covariance[rows] / scale / scale[rows, None]
+    return result
 
 
 def _eliminated(correlations: Floats, value: Floats, step: int) -> Index:

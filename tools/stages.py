@@ -27,7 +27,7 @@ import onnx
 from calibration_cost import MODELS
 
 import onnxlr
-from onnxlr import choice, clock, groups, layer, pipeline
+from onnxlr import choice, clock, groups, layer, offers, pipeline
 from onnxlr.config import Target
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ FACTORIZE = (
     (layer.Layer, "foresee"),
     (choice.Part, "pair"),
     (choice, "cut"),
-    (groups, "cut"),
+    (offers, "cut"),
     (groups.Elimination, "__init__"),
     (groups, "stand_in"),
 )
