@@ -168,7 +168,11 @@ def _root_of_inputs(covariance: Matrix, gram: Matrix, moments: Moments, ridge: f
         return np.eye(len(gram))
     level = ridge * energy / max(float(np.trace(gram)), np.finfo(np.float64).tiny)
     # less is what rounding makes of eigenvalues that are 0, most of all beside a large mean
-    level = max(level, float(np.finfo(np.float64).eps * np.trace(moments.second)), np.finfo(np.float64).tiny)
+    level = max(
+        level,
+        float(np.finfo(np.float64).eps * np.trace(moments.gram) / max(moments.count, 1)),
+        np.finfo(np.float64).tiny,
+    )
     while True:
         padded = covariance.copy()
         padded.flat[:: len(gram) + 1] += level

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from scipy.linalg.blas import dger
 
 from onnxlr.errors import StatsError
 from onnxlr.files import replacing
@@ -94,8 +95,8 @@ class Moments:
     @property
     def covariance(self) -> NDArray[np.float64]:
         """`C - mu^T mu`, shape [d, d]."""
-        result = self.second
-        result -= np.outer(self.mean, self.mean)
+        # its transpose, which it equals, is as BLAS takes it: no second array of its size is made
+        result: NDArray[np.float64] = dger(-1.0, self.mean, self.mean, a=self.second.T, overwrite_a=True).T
         return result
 
     @property
