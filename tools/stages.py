@@ -1,6 +1,6 @@
 """What every stage of `compress` takes: seconds, processor seconds and peak memory.
 
-    python tools/stages.py --model vit_b [--samples 64] [--threads 1] [--json stages.json] -- [options of Config]
+    python tools/stages.py --model vit_b --samples 64 --json stages.json
     python tools/stages.py --model vit_l --blocks 2 --set objective=output --set memory=1000000000
 
 The models are those of `tools/calibration_cost.py`: the shapes of the real ones, random weights, since neither time nor
