@@ -156,6 +156,7 @@ def test_one_weight_two_uses_and_each_factor_once(head: str, tmp_path: Path) -> 
     inventory, stored = full_rank(model)
     (weight,) = (weight for weight in inventory.weights if weight.name == "table")
     assert weight.tied
+    assert not inventory.refusals
     assert [site.transposed for site in weight.sites] == [False, True]
     assert (weight.d_in, weight.d_out, weight.parameters, weight.groups) == (V, D, V * D, 1)
     assert not weight.block_sides

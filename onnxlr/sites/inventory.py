@@ -159,23 +159,28 @@ def _with_heads(
     groups: list[tuple[list[Site], bool]], nodes: Mapping[str, gs.Node], view: GraphView
 ) -> Iterator[tuple[list[Site], bool]]:
     """The same groups, but tables of embeddings with the output heads that read the same constant transposed."""
-    heads = {id(members): _sources(members, view) for members, _ in groups if all(map(_is_head, members))}
-    for table, finite in groups:
-        if id(table) in heads:
+    heads = [members for members, _ in groups if all(map(_is_head, members))]
+    tied: dict[int, list[list[Site]]] = {}
+    for table, _ in groups:
+        if any(site.input_rows for site in table):
             continue
-        own = [] if any(site.input_rows for site in table) else [
-            members for members, _ in groups
-            if heads.get(id(members)) == _sources(table, view)
+        tied[id(table)] = [
+            members
+            for members in heads
+            if _sources(members, view) == _sources(table, view)
             and np.array_equal(matrix_of(members[0], nodes, view).T, matrix_of(table[0], nodes, view))
-        ]  # fmt: skip
-        for members in own:
-            del heads[id(members)]
+        ]
+    gone = {id(members) for own in tied.values() for members in own}
+    for members, finite in groups:
+        if id(members) in gone:
+            continue
         # blocks would need features of the one use among those of the other
         turned = [
-            replace(site, transposed=True, plain=False, block_sides=frozenset()) for members in own for site in members
+            replace(site, transposed=True, plain=False, block_sides=frozenset())
+            for own in tied.get(id(members), ())
+            for site in own
         ]
-        yield [*table, *turned], finite
-    yield from ((members, finite) for members, finite in groups if id(members) in heads)
+        yield [*members, *turned], finite
 
 
 def _is_head(site: Site) -> bool:
