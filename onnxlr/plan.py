@@ -8,8 +8,8 @@ hulls are convex is optimal up to its last step; Shoham and Gersho 1988, "Effici
 of quantizers"). What then is left of the budget is spent on the best steps that still fit, so that a target is met
 from below with nothing left that could be bought. Where one weight is much of the model its steps are large, and small
 ones bought before may be what one of them lacks: the first that does not fit is tried at the expense of the others too,
-and the better of both is taken (which bounds the loss in a knapsack; Dantzig 1957, "Discrete-variable extremum
-problems").
+and taken if it is better by far (which bounds the loss in a knapsack; Dantzig 1957, "Discrete-variable extremum
+problems"): where errors are large their predictions are too low, most of all for weights that are cut to little.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 Chosen = TypeVar("Chosen", covariant=True)
 Other = TypeVar("Other")
+
+
+DECISIVE = 0.5
+"""The share of the damage that a plan which favours one large step may have of another's, to be preferred."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +150,8 @@ def allocate(options: Mapping[str, Sequence[Option[Chosen]]], budget: float) -> 
             chosen, left, _ = _walk({**hulls, name: hulls[name][index:]}, budget)
         except BudgetTooSmall:
             return best
-        best = min(best, _spend(options, chosen, left), key=_damage)
+        other = _spend(options, chosen, left)
+        best = other if _damage(other) <= DECISIVE * _damage(best) else best
     return best
 
 

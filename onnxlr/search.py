@@ -78,7 +78,8 @@ def meet_target(
     def planned(limit: float) -> Plan:
         # nothing to cut meets every bound, but no budget below the whole
         if target.kind == "energy" or not (parts or target.kind in BUDGETS):
-            return by_energy(parts, limit, config, _keep(config, work))
+            with clock.stage("search"):
+                return by_energy(parts, limit, config, _keep(config, work))
         own = chooser()
         with clock.stage("search"):
             plan = own.plan(limit)

@@ -266,7 +266,7 @@ def test_attention_with_einsum_is_compressed() -> None:
         m = Einsum<equation = "bhqk,bhkd->bhqd">(t, v) y = Einsum<equation = "bhqd,hdo->bqo">(m, wo)""",
         **weights, wo=random(9, heads, width, d) * 0.8 ** np.arange(d, dtype=np.float32),
     )  # fmt: skip
-    x = random(5, 60, 5, d)
+    x = random(5, 60, 5, d) * (0.8 ** np.arange(d, dtype=np.float32))[::-1]  # large where the weights are small
     errors = {}
     for objective in ("output", "weight"):
         config = Config(objective=objective, target=Target("keep_params", 0.7), rank_multiple=2, threads=1)  # type: ignore[arg-type]
