@@ -1,7 +1,7 @@
 """A decoder with random weights of any size, and what each command takes of it: seconds and peak memory.
 
     python -m tools.decoder make decoder/ --layers 48 --width 1600            # GPT-2 XL's shape: 1.5 billion parameters
-    python -m tools.decoder measure decoder/ --keep-params 0.6 --memory 2G
+    python -m tools.decoder measure decoder/ --memory 2G
 
 Weights are random, so the errors say nothing; time and memory do not care. The file is written one weight at a time.
 """
@@ -147,23 +147,22 @@ def measured(arguments: Sequence[str]) -> tuple[int, float, float, int]:
 
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path, exists=True))
-@click.option("--keep-params", default=0.6)
 @click.option("--memory", default="2G")
-@click.option("--objective", default="output")
-@click.option("--options", default="", help="More options of compress, separated by blanks.")
-def measure(folder: Path, keep_params: float, memory: str, objective: str, options: str) -> None:
+@click.option("--forms", default="pair")
+@click.option("--target", default="--energy 0.6", help="As compress takes it.")
+def measure(folder: Path, memory: str, forms: str, target: str) -> None:
     """Inspect, calibrate, compress and validate the model in FOLDER, each in a process of its own."""
     model, calib = str(folder / "model.onnx"), str(folder / "calib.npz")
     moments, small, work = folder / "moments.safetensors", folder / "small.onnx", folder / "work"
     shutil.rmtree(work, ignore_errors=True)
     size = sum(Path(folder, name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
     print(f"model: {size / 1e9:.2f} GB\n\n| command | seconds | processor | peak GB |\n|---|---|---|---|")
-    same = ["--calib", calib, "--objective", objective, "--memory", memory, "--force", "-q"]
+    same = ["--calib", calib, "--objective", "output", "--forms", forms, "--memory", memory, "--force", "-q"]
     commands = {
         "inspect": [model, "--json"],
         "calibrate": [model, *same, "-o", str(moments)],
-        "compress": [model, *same, "--stats", str(moments), "--keep-params", str(keep_params), "-o", str(small),
-                     "--work", str(work), "--report", str(folder / "report.json"), *options.split()],
+        "compress": [model, *same, "--stats", str(moments), *target.split(), "-o", str(small), "--work",
+                     str(work), "--report", str(folder / "report.json")],
         "validate": [model, str(small), "--data", calib, "--max-error", "10"],
     }  # fmt: skip
     for name, arguments in commands.items():
