@@ -16,7 +16,7 @@ from onnxlr.calibrate import accumulate
 from onnxlr.config import Config, Target
 from onnxlr.errors import ModelError
 from onnxlr.factors import Factors
-from onnxlr.forms import Stored
+from onnxlr.forms import Stored, Window, as_block
 from onnxlr.layer import Layer, grouped
 from onnxlr.model_io import from_proto
 from onnxlr.probes import weight_moments
@@ -297,10 +297,18 @@ def test_matrices_are_turned_on_either_side(
     dense, whole = run(model, x=x)["y"], rewrite(inventory, {"w": pair(inventory.matrix(weight))})
     assert relative(dense, run(whole, x=x)["y"]) < 1e-5
     # only the product that reads turned data is the operator of onnxruntime
-    assert [node.op_type for node in whole.proto.graph.node] == [op if flip_x else "MatMul", "MatMul", *["Add"] * adds]
+    first = "FusedMatMul" if flip_x else "MatMul"
+    assert [node.op_type for node in whole.proto.graph.node] == [first, "MatMul", *["Add"] * adds]
     shift = random(6, 5)
+    expected = dense + (shift[:, None] if left else shift)
     shifted = rewrite(inventory, {"w": pair(inventory.matrix(weight), bias=shift)})
-    assert relative(dense + (shift[:, None] if left else shift), run(shifted, x=x)["y"]) < 1e-5
+    assert relative(expected, run(shifted, x=x)["y"]) < 1e-5
+    assert weight.block_sides == {"output"} if flip_x else {"input", "output"}
+    thin = pair(inventory.matrix(weight), 2, shift)
+    expected = run(rewrite(inventory, {"w": thin}), x=x)["y"]
+    for side in sorted(weight.block_sides):
+        block = as_block(thin, Window(side, 0, 1.0))
+        assert relative(expected, run(rewrite(inventory, {"w": block}), x=x)["y"]) < 1e-4
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from onnxlr.rows import Rows
     from onnxlr.sites.bodies import Body
     from onnxlr.sites.constants import GraphView
-    from onnxlr.sites.emit import Parts
+    from onnxlr.sites.emit import Operands, Parts
 
 BLOCKS_SINCE = 13
 """The opset from which identity blocks are written: from here on Split takes its lengths as an input."""
@@ -279,14 +279,5 @@ class Product(Family):
         return None
 
     @abstractmethod
-    def product(
-        self,
-        site: Site,
-        node: gs.Node,
-        data: gs.Tensor,
-        weight: gs.Tensor,
-        output: gs.Tensor,
-        name: str,
-        addend: gs.Tensor | None = None,
-    ) -> gs.Node:
-        """A node that multiplies `data`, the site's own input or what was made of it, with a stored matrix."""
+    def product(self, site: Site, node: gs.Node, operands: Operands) -> gs.Node:
+        """The node that makes a product; its data are the site's own input or what was made of it."""

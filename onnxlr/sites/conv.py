@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from onnxlr.forms import Side
     from onnxlr.sites.constants import GraphView
-    from onnxlr.sites.emit import Parts
+    from onnxlr.sites.emit import Operands, Parts
 
 DEPTHWISE = (
     "depthwise: every group reads a single channel, so each of its kernels has a rank of 1 or is thinner than it"
@@ -46,8 +46,7 @@ class Conv(Product):
     adds_bias = True
 
     def find(self, node: gs.Node, view: GraphView) -> Site | str | None:
-        data, weight = node.inputs[:2]
-        refusal = refused(node, view)
+        weight, refusal = node.inputs[1], refused(node, view)
         if refusal is not None or not view.is_constant(weight):
             return refusal
         channels, width, *kernel = view.shape(weight)
@@ -55,25 +54,12 @@ class Conv(Product):
         if groups > 1 and width == 1:
             return DEPTHWISE
         patches = patches_of(node, tuple(kernel))
-        pointwise = all(size == 1 for size in kernel) and all(step == 1 for step in patches.strides)
-        unpadded = pointwise and not any(patches.pads)
-        parts = channel_parts(groups)
-        return Site(
-            name=node.name or node.outputs[0].name,
-            op=node.op,
-            output=node.outputs[0].name,
-            input=data.name,
-            weight=weight.name,
-            d_in=width * prod(kernel),
-            d_out=channels // groups,
-            dtype=view.dtype(weight),
-            input_rows=tuple(Rows((1,), part, None if unpadded else patches) for part in parts),
-            output_rows=tuple(Rows((1,), part) for part in parts),
-            bias=own_bias(node),
-            layout=(node.op, groups, *kernel),
-            kernel=tuple(kernel),
+        single = not any(patches.pads) and all(step == 1 for step in (*kernel, *patches.strides))
+        return replace(
+            site_of(node, view, width, channels // groups, patches),
+            input_rows=tuple(Rows((1,), part, None if single else patches) for part in channel_parts(groups)),
             taps=kernel[1] if len(kernel) == 2 and min(kernel) > 1 else 1,
-            block_sides=_block_sides(view, groups, pointwise=unpadded),
+            block_sides=_block_sides(view, groups, single=single),
         )
 
     def matrix(self, site: Site, node: gs.Node, stored: NDArray[Any]) -> NDArray[np.float64]:
@@ -101,37 +87,15 @@ class Conv(Product):
     def put(self, graph: gs.Graph, site: Site, node: gs.Node, parts: Parts) -> None:
         emit(graph, self if parts.taps == 1 else SEPARABLE, site, node, parts)
 
-    def product(
-        self,
-        site: Site,
-        node: gs.Node,
-        data: gs.Tensor,
-        weight: gs.Tensor,
-        output: gs.Tensor,
-        name: str,
-        addend: gs.Tensor | None = None,
-    ) -> gs.Node:
-        attributes = dict(node.attrs) if data.name == site.input else pointwise_attributes(site)
-        inputs = [data, weight, *([] if addend is None else [addend])]
-        return gs.Node("Conv", name, attrs=attributes, inputs=inputs, outputs=[output])
+    def product(self, site: Site, node: gs.Node, operands: Operands) -> gs.Node:
+        return operands.node(node.op, node.attrs) if operands.read(site) else operands.node("Conv", pointwise(site))
 
 
 class _Separable(Conv):
     """The products of a kernel that is split: one along each of the two axes."""
 
-    def product(
-        self,
-        site: Site,
-        node: gs.Node,
-        data: gs.Tensor,
-        weight: gs.Tensor,
-        output: gs.Tensor,
-        name: str,
-        addend: gs.Tensor | None = None,
-    ) -> gs.Node:
-        attributes = along(node.attrs, 0 if data.name == site.input else 1)
-        inputs = [data, weight, *([] if addend is None else [addend])]
-        return gs.Node("Conv", name, attrs=attributes, inputs=inputs, outputs=[output])
+    def product(self, site: Site, node: gs.Node, operands: Operands) -> gs.Node:
+        return operands.node("Conv", along(node.attrs, 0 if operands.read(site) else 1))
 
 
 SEPARABLE = _Separable()
@@ -171,6 +135,28 @@ def refused(node: gs.Node, view: GraphView) -> str | None:
     return None
 
 
+def site_of(node: gs.Node, view: GraphView, width: int, d_out: int, patches: Patches) -> Site:
+    """The site whose groups make `d_out` channels each of the `patches` of `width` channels."""
+    data, weight = node.inputs[:2]
+    groups = int(node.attrs.get("group", 1))
+    parts = channel_parts(groups)
+    return Site(
+        name=node.name or node.outputs[0].name,
+        op=node.op,
+        output=node.outputs[0].name,
+        input=data.name,
+        weight=weight.name,
+        d_in=width * prod(patches.kernel),
+        d_out=d_out,
+        dtype=view.dtype(weight),
+        input_rows=tuple(Rows((1,), part, patches) for part in parts),
+        output_rows=tuple(Rows((1,), part) for part in parts),
+        bias=own_bias(node),
+        layout=(node.op, groups, *patches.kernel),
+        kernel=patches.kernel,
+    )
+
+
 def own_bias(node: gs.Node) -> Bias | None:
     """The vector that a convolution adds to its output."""
     if len(node.inputs) < 3 or not node.inputs[2].name:
@@ -201,12 +187,12 @@ def as_kernel(matrix: NDArray[Any], kernel: tuple[int, ...]) -> NDArray[Any]:
     return turned.reshape(-1, matrix.shape[-2] // prod(kernel), *kernel)
 
 
-def pointwise_attributes(site: Site) -> dict[str, Any]:
+def pointwise(site: Site) -> dict[str, Any]:
     """The attributes of a convolution of 1 x 1 with the groups of a site."""
     return {"kernel_shape": [1] * len(site.kernel)} | ({"group": site.groups} if site.groups > 1 else {})
 
 
-def _block_sides(view: GraphView, groups: int, *, pointwise: bool) -> frozenset[Side]:
+def _block_sides(view: GraphView, groups: int, *, single: bool) -> frozenset[Side]:
     if groups > 1 or view.graph.opset < BLOCKS_SINCE:
         return frozenset()
-    return frozenset({"input", "output"} if pointwise else {"output"})
+    return frozenset({"input", "output"} if single else {"output"})

@@ -12,26 +12,17 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
-from onnxlr.rows import Patches, Rows
-from onnxlr.sites.base import Site
-from onnxlr.sites.conv import (
-    DEPTHWISE,
-    Conv,
-    as_kernel,
-    channel_parts,
-    own_bias,
-    patches_of,
-    pointwise_attributes,
-    refused,
-)
+from onnxlr.rows import Patches
+from onnxlr.sites.conv import DEPTHWISE, Conv, patches_of, refused, site_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    import onnx_graphsurgeon as gs
     from numpy.typing import NDArray
 
+    from onnxlr.sites.base import Site
     from onnxlr.sites.constants import GraphView
 
 
@@ -41,8 +32,7 @@ class ConvTranspose(Conv):
     ops = frozenset({"ConvTranspose"})
 
     def find(self, node: gs.Node, view: GraphView) -> Site | str | None:
-        data, weight = node.inputs[:2]
-        refusal = refused(node, view)
+        weight, refusal = node.inputs[1], refused(node, view)
         if refusal is not None or not view.is_constant(weight):
             return refusal
         channels, d_out, *kernel = view.shape(weight)
@@ -52,23 +42,7 @@ class ConvTranspose(Conv):
         width = channels // groups
         if groups > 1 and width == 1:
             return DEPTHWISE
-        d_in = width * prod(kernel)
-        parts = channel_parts(groups)
-        return Site(
-            name=node.name or node.outputs[0].name,
-            op=node.op,
-            output=node.outputs[0].name,
-            input=data.name,
-            weight=weight.name,
-            d_in=d_in,
-            d_out=d_out,
-            dtype=view.dtype(weight),
-            input_rows=tuple(Rows((1,), part, _patches(node, tuple(kernel))) for part in parts),
-            output_rows=tuple(Rows((1,), part) for part in parts),
-            bias=own_bias(node),
-            layout=(node.op, groups, *kernel),
-            kernel=tuple(kernel),
-        )
+        return site_of(node, view, width, d_out, _patches(node, tuple(kernel)))
 
     def matrix(self, site: Site, node: gs.Node, stored: NDArray[Any]) -> NDArray[np.float64]:
         width = site.d_in // prod(site.kernel)
@@ -78,7 +52,7 @@ class ConvTranspose(Conv):
 
     def stored(self, site: Site, matrix: NDArray[Any], *, reads_input: bool) -> NDArray[Any]:
         if not reads_input:
-            return as_kernel(matrix, (1,) * len(site.kernel))
+            return super().stored(site, matrix, reads_input=False)
         width = site.d_in // prod(site.kernel)
         turned = matrix.reshape(site.groups, width, prod(site.kernel), -1).swapaxes(2, 3)
         return turned.reshape(site.groups * width, -1, *site.kernel)
@@ -86,21 +60,6 @@ class ConvTranspose(Conv):
     def rows(self, site: Site, node: gs.Node, shapes: Mapping[str, tuple[int, ...]]) -> tuple[float, float]:
         read, written = (shapes.get(tensor.name, (0,)) for tensor in (node.inputs[0], node.outputs[0]))
         return prod((read[0], *read[2:])), prod((written[0], *written[2:]))
-
-    def product(
-        self,
-        site: Site,
-        node: gs.Node,
-        data: gs.Tensor,
-        weight: gs.Tensor,
-        output: gs.Tensor,
-        name: str,
-        addend: gs.Tensor | None = None,
-    ) -> gs.Node:
-        reads = data.name == site.input
-        attributes = dict(node.attrs) if reads else pointwise_attributes(site)
-        inputs = [data, weight, *([] if addend is None else [addend])]
-        return gs.Node("ConvTranspose" if reads else "Conv", name, attrs=attributes, inputs=inputs, outputs=[output])
 
 
 def _patches(node: gs.Node, kernel: tuple[int, ...]) -> Patches:

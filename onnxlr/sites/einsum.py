@@ -19,16 +19,17 @@ from math import prod
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from onnxlr.rows import side_by_side
 from onnxlr.sites.base import BLOCKS_SINCE, FLOATING, Product, Site, bias_behind
 from onnxlr.sites.equation import ELLIPSIS, free_letter, spelled_out, terms
 
 if TYPE_CHECKING:
+    import onnx_graphsurgeon as gs
     from numpy.typing import NDArray
 
     from onnxlr.sites.constants import GraphView
+    from onnxlr.sites.emit import Operands
 
     Lengths = tuple[int, ...]
 
@@ -186,27 +187,17 @@ class Einsum(Product):
     def addend(self, node: gs.Node) -> gs.Tensor | None:
         return None
 
-    def product(
-        self,
-        site: Site,
-        node: gs.Node,
-        data: gs.Tensor,
-        weight: gs.Tensor,
-        output: gs.Tensor,
-        name: str,
-        addend: gs.Tensor | None = None,
-    ) -> gs.Node:
+    def product(self, site: Site, node: gs.Node, operands: Operands) -> gs.Node:
         letters = _of(node, site)
         rank = free_letter(node.attrs["equation"])
         hidden = "".join(letter for letter in letters.data if letter not in letters.contracted) + rank
-        if data.name == site.input:
+        if operands.read(site):
             own = Letters(letters.data, letters.groups + letters.contracted + rank, hidden)
         else:
             own = Letters(hidden, letters.groups + rank + letters.features, letters.output)
         if site.plain or own.is_matmul:
-            return gs.Node("MatMul", name, inputs=[data, weight], outputs=[output])
-        equation = f"{own.data},{own.weight}->{own.output}"
-        return gs.Node("Einsum", name, attrs={"equation": equation}, inputs=[data, weight], outputs=[output])
+            return operands.node("MatMul")
+        return operands.node("Einsum", {"equation": f"{own.data},{own.weight}->{own.output}"})
 
 
 def _letters(node: gs.Node, operands: tuple[str, ...], output: str, *, weight_first: bool) -> Letters:

@@ -11,12 +11,14 @@ it had none, the last product takes the correction if its operator can, and an A
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from onnxlr.forms import Window
     from onnxlr.sites.base import Product, Site
 
@@ -51,6 +53,39 @@ class Parts:
     taps: int = 1
 
 
+@dataclass(frozen=True, slots=True)
+class Operands:
+    """What one product of a form reads, a stored matrix among it, and what it makes.
+
+    Attributes
+    ----------
+    data, weight
+        What is multiplied.
+    output, name
+        The tensor that the product is, and the name of its node.
+    addend
+        Added to it, where the operator can.
+    """
+
+    data: gs.Tensor
+    weight: gs.Tensor
+    output: gs.Tensor
+    name: str
+    addend: gs.Tensor | None = None
+
+    def read(self, site: Site) -> bool:
+        """Whether the data are the site's own input, as it lies there."""
+        return str(self.data.name) == site.input
+
+    def node(
+        self, op: str, attributes: Mapping[str, Any] | None = None, *, left: bool = False, domain: str | None = None
+    ) -> gs.Node:
+        """The operator that computes it, with the weight behind the data or to their `left`."""
+        operands = [self.weight, self.data] if left else [self.data, self.weight]
+        added = [] if self.addend is None else [self.addend]
+        return gs.Node(op, self.name, dict(attributes or {}), [*operands, *added], [self.output], domain=domain)
+
+
 def emit(graph: gs.Graph, family: Product, site: Site, node: gs.Node, parts: Parts) -> None:
     """Replace `node` by the form that `parts` make up."""
     output = node.outputs[0]
@@ -61,19 +96,20 @@ def emit(graph: gs.Graph, family: Product, site: Site, node: gs.Node, parts: Par
     node.outputs.clear()
     window = parts.window
     if parts.first is None:
-        graph.nodes.append(family.product(site, node, data, parts.second, product, site.name, addend))
+        graph.nodes.append(family.product(site, node, Operands(data, parts.second, product, site.name, addend)))
     else:
         assert parts.hidden is not None
         if not parts.hidden_exists:
             if window is not None and window.side == "input":
                 _narrow_input(graph, family, site, node, data, parts)
             else:
-                graph.nodes.append(family.product(site, node, data, parts.first, parts.hidden, f"{site.name}/first"))
+                operands = Operands(data, parts.first, parts.hidden, f"{site.name}/first")
+                graph.nodes.append(family.product(site, node, operands))
         if window is not None and window.side == "output":
             _widen_output(graph, family, site, node, parts, addend, product)
         else:
-            name = f"{site.name}/second"
-            graph.nodes.append(family.product(site, node, parts.hidden, parts.second, product, name, addend))
+            operands = Operands(parts.hidden, parts.second, product, f"{site.name}/second", addend)
+            graph.nodes.append(family.product(site, node, operands))
     if added:
         graph.nodes.append(gs.Node("Add", f"{site.name}/mean", inputs=[product, parts.bias], outputs=[output]))
     node.inputs.clear()
@@ -99,7 +135,7 @@ def _narrow_input(graph: gs.Graph, family: Product, site: Site, node: gs.Node, d
             inputs=[data, lengths],
             outputs=[inside, outside] if at_start else [outside, inside],
         ),
-        family.product(site, node, outside, parts.first, moved, f"{site.name}/first"),
+        family.product(site, node, Operands(outside, parts.first, moved, f"{site.name}/first")),
         gs.Node("Add", f"{site.name}/window", inputs=[inside, moved], outputs=[parts.hidden]),
     ]
 
@@ -118,7 +154,7 @@ def _widen_output(
     rest = gs.Variable(f"{site.output}/rest", dtype=product.dtype)
     whole = product if addend is None else gs.Variable(f"{site.output}/whole", dtype=product.dtype)
     graph.nodes += [
-        family.product(site, node, parts.hidden, parts.second, rest, f"{site.name}/second"),
+        family.product(site, node, Operands(parts.hidden, parts.second, rest, f"{site.name}/second")),
         gs.Node(
             "Concat",
             f"{site.name}/concat",

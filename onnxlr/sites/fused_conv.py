@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import onnx_graphsurgeon as gs
 
 from onnxlr.sites.base import MICROSOFT, Site
-from onnxlr.sites.conv import Conv, along, pointwise_attributes
+from onnxlr.sites.conv import Conv, along, pointwise
 
 if TYPE_CHECKING:
     from onnxlr.sites.constants import GraphView
@@ -37,7 +37,7 @@ class FusedConv(Conv):
         assert parts.first is not None
         assert parts.hidden is not None
         own = {name: node.attrs.pop(name) for name in POSITIONS if name in node.attrs}
-        first, second = (own, pointwise_attributes(site)) if parts.taps == 1 else (along(own, 0), along(own, 1))
+        first, second = (own, pointwise(site)) if parts.taps == 1 else (along(own, 0), along(own, 1))
         graph.nodes.append(
             gs.Node(
                 "Conv", f"{site.name}/first", attrs=first, inputs=[node.inputs[0], parts.first], outputs=[parts.hidden]

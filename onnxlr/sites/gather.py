@@ -12,7 +12,6 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from onnxlr.rows import Rows
 from onnxlr.sites.base import BLOCKS_SINCE, FLOATING, INDEX_DTYPES, Product, Site, bias_behind
@@ -20,9 +19,11 @@ from onnxlr.sites.base import BLOCKS_SINCE, FLOATING, INDEX_DTYPES, Product, Sit
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    import onnx_graphsurgeon as gs
     from numpy.typing import NDArray
 
     from onnxlr.sites.constants import GraphView
+    from onnxlr.sites.emit import Operands
 
 
 class Gather(Product):
@@ -81,16 +82,5 @@ class Gather(Product):
     def addend(self, node: gs.Node) -> gs.Tensor | None:
         return None
 
-    def product(
-        self,
-        site: Site,
-        node: gs.Node,
-        data: gs.Tensor,
-        weight: gs.Tensor,
-        output: gs.Tensor,
-        name: str,
-        addend: gs.Tensor | None = None,
-    ) -> gs.Node:
-        if data.name == site.input:
-            return gs.Node("Gather", name, attrs={"axis": 0}, inputs=[weight, data], outputs=[output])
-        return gs.Node("MatMul", name, inputs=[data, weight], outputs=[output])
+    def product(self, site: Site, node: gs.Node, operands: Operands) -> gs.Node:
+        return operands.node("Gather", {"axis": 0}, left=True) if operands.read(site) else operands.node("MatMul")

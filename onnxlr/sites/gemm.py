@@ -7,19 +7,20 @@ first factor; `beta` and `c` stay with the second, and where there was no `c`, t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from onnxlr.rows import Rows
 from onnxlr.sites.base import BLOCKS_SINCE, FLOATING, Bias, Product, Site
 
 if TYPE_CHECKING:
+    import onnx_graphsurgeon as gs
     from numpy.typing import NDArray
 
     from onnxlr.forms import Side
     from onnxlr.sites.constants import GraphView
+    from onnxlr.sites.emit import Operands
 
 
 class Gemm(Product):
@@ -27,6 +28,8 @@ class Gemm(Product):
 
     ops = frozenset({"Gemm"})
     adds_bias = True
+    op: ClassVar = "Gemm"
+    """What computes a product that MatMul cannot."""
 
     def find(self, node: gs.Node, view: GraphView) -> Site | str | None:
         left, right = (view.is_constant(tensor) for tensor in node.inputs[:2])
@@ -42,10 +45,9 @@ class Gemm(Product):
             return "it multiplies by alpha = 0"
         weight_flipped = bool(node.attrs.get("transA" if left else "transB", 0))
         data_flipped = bool(node.attrs.get("transB" if left else "transA", 0))
-        if view.graph.opset < 7:
-            return f"opset {view.graph.opset} broadcasts its addend by an older rule: convert the model to 7 or newer"
-        if data_flipped and view.graph.opset < 11:
-            return f"it transposes its input at opset {view.graph.opset}: convert the model to opset 11 or newer"
+        obstacle = self.obstacle(node, view, left=left, flipped=data_flipped)
+        if obstacle is not None:
+            return obstacle
         rows, columns = view.shape(weight)[:: -1 if weight_flipped else 1]
         d_in, d_out = (columns, rows) if left else (rows, columns)
         output = node.outputs[0]
@@ -69,42 +71,45 @@ class Gemm(Product):
             block_sides=_block_sides(node, view, flipped=data_flipped),
         )
 
+    def obstacle(self, node: gs.Node, view: GraphView, *, left: bool, flipped: bool) -> str | None:
+        """Why a node cannot be a site that has its weight on the `left` and its data transposed if `flipped`."""
+        if view.graph.opset < 7:
+            return f"opset {view.graph.opset} broadcasts its addend by an older rule: convert the model to 7 or newer"
+        if flipped and view.graph.opset < 11:
+            return f"it transposes its input at opset {view.graph.opset}: convert the model to opset 11 or newer"
+        return None
+
     def matrix(self, site: Site, node: gs.Node, stored: NDArray[Any]) -> NDArray[np.float64]:
-        left = site.output_axis == -2
+        left = on_left(site)
         flipped = bool(node.attrs.get("transA" if left else "transB", 0))
         matrix = float(node.attrs.get("alpha", 1.0)) * stored.astype(np.float64)
         return matrix.T if flipped != left else matrix
 
     def stored(self, site: Site, matrix: NDArray[Any], *, reads_input: bool) -> NDArray[Any]:
-        return matrix.T if site.output_axis == -2 else matrix
+        return matrix.T if on_left(site) else matrix
 
     def stored_bias(self, site: Site, bias: NDArray[Any]) -> NDArray[Any]:
-        return bias[:, None] if site.output_axis == -2 else bias
+        return bias[:, None] if on_left(site) else bias
 
     def addend(self, node: gs.Node) -> gs.Tensor | None:
         return _addend(node)
 
-    def product(
-        self,
-        site: Site,
-        node: gs.Node,
-        data: gs.Tensor,
-        weight: gs.Tensor,
-        output: gs.Tensor,
-        name: str,
-        addend: gs.Tensor | None = None,
-    ) -> gs.Node:
-        left = site.output_axis == -2
+    def product(self, site: Site, node: gs.Node, operands: Operands) -> gs.Node:
+        left = on_left(site)
         flip = "transB" if left else "transA"
-        attributes = {flip: 1} if node.attrs.get(flip, 0) and data.name == site.input else {}
+        attributes = {flip: 1} if node.attrs.get(flip, 0) and operands.read(site) else {}
         # a correction that is the only addend is not what the operator's beta was for
-        if addend is not None and "beta" in node.attrs and _addend(node) is not None:
+        if operands.addend is not None and "beta" in node.attrs and _addend(node) is not None:
             attributes["beta"] = node.attrs["beta"]
-        operands = [weight, data] if left else [data, weight]
         # without its addend a Gemm exists from opset 11 on only; MatMul is the same operator wherever it can be had
-        op = "MatMul" if addend is None and not attributes else "Gemm"
-        return gs.Node(op, name, attrs=attributes, inputs=[*operands, *([] if addend is None else [addend])],
-                       outputs=[output])  # fmt: skip
+        if operands.addend is None and not attributes:
+            return operands.node("MatMul", left=left)
+        return operands.node(self.op, attributes, left=left, domain=node.domain)
+
+
+def on_left(site: Site) -> bool:
+    """Whether the weight is on the left, so that the features of the output lie on its rows."""
+    return site.layout[0] == -2
 
 
 def _block_sides(node: gs.Node, view: GraphView, *, flipped: bool) -> frozenset[Side]:

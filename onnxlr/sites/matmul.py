@@ -17,16 +17,17 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from onnxlr.rows import side_by_side
 from onnxlr.sites.base import BLOCKS_SINCE, FLOATING, Product, Site, bias_behind
 
 if TYPE_CHECKING:
+    import onnx_graphsurgeon as gs
     from numpy.typing import NDArray
 
     from onnxlr.rows import Rows
     from onnxlr.sites.constants import GraphView
+    from onnxlr.sites.emit import Operands
 
 
 class MatMul(Product):
@@ -92,18 +93,8 @@ class MatMul(Product):
     def addend(self, node: gs.Node) -> gs.Tensor | None:
         return None
 
-    def product(
-        self,
-        site: Site,
-        node: gs.Node,
-        data: gs.Tensor,
-        weight: gs.Tensor,
-        output: gs.Tensor,
-        name: str,
-        addend: gs.Tensor | None = None,
-    ) -> gs.Node:
-        left = site.input_axis == -2
-        return gs.Node("MatMul", name, inputs=[weight, data] if left else [data, weight], outputs=[output])
+    def product(self, site: Site, node: gs.Node, operands: Operands) -> gs.Node:
+        return operands.node("MatMul", left=site.input_axis == -2)
 
 
 def _turned(site: Site, matrix: NDArray[Any]) -> NDArray[Any]:
