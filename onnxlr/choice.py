@@ -241,7 +241,7 @@ class Part:
 
     def put(self, factors: Factors) -> Stored:
         """Factors of its layer as what is stored."""
-        stored = Stored.pair(factors)
+        stored = Stored.pair(factors if self.weight.corrected else replace(factors, bias=None))
         return stored if self.narrowing is None else self.narrowing.put(stored)
 
     def dense(self) -> dict[str, Stored]:

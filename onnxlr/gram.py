@@ -73,6 +73,11 @@ class Moments:
             (1 - share) * self.gram + others * other.gram,
         )
 
+    @property
+    def uncentred(self) -> Moments:
+        """The moments of the same rows and of their negatives, which have no mean: those that no bias can take over."""
+        return Moments(self.count, np.zeros(self.dim), self.gram)
+
     def kept(self, features: NDArray[np.intp]) -> Moments:
         """The moments of the same rows with only `features` of them, in that order."""
         return Moments(self.count, self.total[features], self.gram[np.ix_(features, features)])

@@ -78,6 +78,7 @@ def _part(case: Case, weight: Weight, stats: Stats | None, config: Config) -> Pa
     def with_data() -> Layer:
         projected = config.objective == "utilized"
         moments = weight_moments(stats, case.inventory, weight, config.objective)
+        moments = moments if weight.corrected else [each.uncentred for each in moments]
         gradients = weight_gradients(stats, weight) if fisher else None
         if weight.tied:
             (matrix,) = _matrices(case.inventory.matrix(weight))

@@ -278,7 +278,7 @@ def new_biases(inventory: Inventory, weight: Weight) -> int:
 
     A bias that other sites share is counted as if it stayed: whether it goes depends on what becomes of them.
     """
-    return 0 if weight.tied else sum(_bias_is_new(inventory, site) for site in weight.sites)
+    return sum(_bias_is_new(inventory, site) for site in weight.sites) if weight.corrected else 0
 
 
 def _bias_is_new(inventory: Inventory, site: Site) -> bool:

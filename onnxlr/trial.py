@@ -146,7 +146,7 @@ class Trial:
             if cut is None:
                 arrays |= self._dense[weight.name]
             else:
-                corrected = self._corrected and not weight.tied
+                corrected = self._corrected and weight.corrected
                 bias = np.zeros(weight.groups * weight.d_out) if corrected and cut.bias is None else cut.bias
                 arrays |= _named(lay_out(self._inventory, weight, Stored(cut.first, cut.second, bias)))
         return arrays
@@ -191,5 +191,5 @@ def _named_after(output: gs.Tensor, branch: str) -> gs.Tensor:
 def _no_pair(weight: Weight, corrected: bool) -> Stored:
     """The least to feed for a pair that is not run; its bias counts where an Add behind the operator reads it."""
     groups = (weight.groups,) if weight.groups > 1 else ()
-    bias = np.zeros(weight.groups * weight.d_out) if corrected and not weight.tied else None
+    bias = np.zeros(weight.groups * weight.d_out) if corrected and weight.corrected else None
     return Stored(np.zeros((*groups, weight.d_in, 1)), np.zeros((*groups, 1, weight.d_out)), bias)

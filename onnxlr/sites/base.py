@@ -221,6 +221,8 @@ class Family(ABC):
 
     ops: ClassVar[frozenset[str]]
     domains: ClassVar[frozenset[str | None]] = ONNX_DOMAINS
+    corrects: ClassVar[bool] = True
+    """Whether a correction can be added to what it multiplies."""
 
     @abstractmethod
     def find(self, node: gs.Node, view: GraphView) -> Site | str | None:

@@ -10,7 +10,7 @@ from onnxlr.sites.conv_transpose import ConvTranspose
 from onnxlr.sites.einsum import Einsum
 from onnxlr.sites.front import Attention, FusedGemm, Recurrent
 from onnxlr.sites.fused_conv import FusedConv
-from onnxlr.sites.fused_matmul import FusedMatMul
+from onnxlr.sites.fused_matmul import FusedMatMul, FusedMatMulActivation
 from onnxlr.sites.gather import Gather
 from onnxlr.sites.gemm import Gemm
 from onnxlr.sites.matmul import MatMul
@@ -35,6 +35,7 @@ FAMILIES: dict[str, Family] = {
         Conv(),
         ConvTranspose(),
         FusedMatMul(),
+        FusedMatMulActivation(),
         FusedGemm(),
         FusedConv(),
         Attention(),

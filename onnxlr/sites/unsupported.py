@@ -43,7 +43,6 @@ REASONS = {
     **dict.fromkeys(("CausalConvWithState", "VarlenCausalConvWithState", "Mamba2Verify"), CHANNELS),
     **dict.fromkeys(("NhwcConv", "NhwcFusedConv"), OPTIMIZED),
     "MoE": EXPERTS,
-    "FusedMatMulActivation": "a fused operator of DirectML: compress before fusing",
     "DeformConv": "it multiplies samples at places that are data: this operator is not supported yet",
     "ConvTransposeWithDynamicPads": "its pads are data: make them attributes of a ConvTranspose",
     "SparseToDenseMatMul": "it multiplies a sparse matrix: store it densely, as a MatMul",

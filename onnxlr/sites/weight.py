@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from onnxlr.sites.families import matrix_of
+from onnxlr.sites.families import FAMILIES, matrix_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -66,6 +66,11 @@ class Weight:
     def tied(self) -> bool:
         """Whether it is a table of embeddings and, transposed, the output head too."""
         return any(site.transposed for site in self.sites)
+
+    @property
+    def corrected(self) -> bool:
+        """Whether a cut can be made up for by a bias: all of its sites have a place for one, of `d_out` numbers."""
+        return not self.tied and all(FAMILIES[site.op].corrects for site in self.sites)
 
     @property
     def observes_output(self) -> bool:

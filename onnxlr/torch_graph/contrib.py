@@ -91,6 +91,32 @@ def fused_matmul(
     return alpha * torch.matmul(laid_out(a, transA, transBatchA), laid_out(b, transB, transBatchB))
 
 
+@operator(
+    "FusedMatMulActivation",
+    domain=MICROSOFT,
+    refuse=lambda a: None if a["activation"] in _ACTIVATIONS else f"activation {a['activation']}",
+)
+def fused_matmul_activation(
+    a: Tensor,
+    b: Tensor,
+    *,
+    activation: str,
+    activation_alpha: float | None = None,
+    activation_beta: float | None = None,
+    alpha: float = 1.0,
+    transA: int = 0,
+    transB: int = 0,
+    transBatchA: int = 0,
+    transBatchB: int = 0,
+) -> Tensor:
+    """A FusedMatMul and an activation."""
+    product = fused_matmul(
+        a, b, alpha=alpha, transA=transA, transB=transB, transBatchA=transBatchA, transBatchB=transBatchB
+    )
+    parameters = [value for value in (activation_alpha, activation_beta) if value is not None]
+    return _activated(product, activation, parameters)
+
+
 @operator("FusedGemm", domain=MICROSOFT)
 def fused_gemm(
     a: Tensor,

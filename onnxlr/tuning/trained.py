@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _ANY = frozenset(range(8))
 _LEARNED: dict[str, frozenset[int]] = {
-    **dict.fromkeys(("MatMul", "Gemm", "FusedMatMul", "Einsum"), _ANY),
+    **dict.fromkeys(("MatMul", "Gemm", "FusedMatMul", "TransposeMatMul", "FusedMatMulActivation", "Einsum"), _ANY),
     **dict.fromkeys(("Conv", "ConvTranspose", "LayerNormalization", "GroupNormalization", "InstanceNormalization",
                      "BatchNormalization", "RMSNormalization", "SimplifiedLayerNormalization"), frozenset({1, 2})),
     **dict.fromkeys(("LSTM", "GRU", "RNN"), frozenset({1, 2, 3})),
