@@ -62,6 +62,9 @@ def gradient_moments(
 ) -> Stats:
     """Gradient moments [d_out, d_out] at every site of `inventory` whose output is seen, by `gradient_keys`.
 
+    At an output head `z = x E^T` whose weight is a table of embeddings `E [V, d]` too, they are those [d, d] of the
+    gradients `g E` at its input, through it alone: of `G [V, V]` no more than `E^T G E` is asked for.
+
     With `config.loss` they are those of the loss on `labels`, one a sample. They are gathered in as many passes as
     `config.memory` takes; `recall` is as of `onnxlr.calibrate.accumulate`.
 
@@ -82,7 +85,8 @@ def gradient_moments(
         The loss fails on the outputs and labels.
     """
     every = (site for weight in inventory.weights for site in weight.sites)
-    sites = {site.output: site for site in every if site.output_rows and site.d_out <= WIDEST and not site.transposed}
+    sites = {site.output: site for site in every if site.output_rows and _width(site) <= WIDEST}
+    tables = {site.output: weight for weight in inventory.weights for site in weight.sites if site.transposed}
     fingerprint = model.fingerprint()
     how = (config.batch, config.mask, config.loss, None if labels is None else labels.tobytes(), config.holdout_every)
     passes = []
@@ -90,7 +94,8 @@ def gradient_moments(
         own = {name: sites[name] for name in names}
 
         def gathered(own: dict[str, Site] = own) -> Stats:
-            moments = _one_pass(model, own, samples, inputs, config, labels, progress)
+            heads = {name: inventory.matrix(tables[name]) for name in own if name in tables}
+            moments = _one_pass(model, own, heads, samples, inputs, config, labels, progress)
             return Stats(fingerprint, (), 0, config.holdout_every, moments)
 
         passes.append(recall((names, *how), gathered))
@@ -100,12 +105,17 @@ def gradient_moments(
     return result
 
 
+def _width(site: Site) -> int:
+    """Of the gradients that are gathered at a site."""
+    return site.d_in if site.transposed else site.d_out
+
+
 def _in_passes(sites: Mapping[str, Site], memory: int | None) -> list[list[str]]:
     """Their names, by pass."""
     passes: list[list[str]] = [[]]
     taken = 0
     for name, site in sites.items():
-        size = 8 * site.groups * site.d_out**2
+        size = 8 * site.groups * _width(site) ** 2
         if memory is not None and passes[-1] and taken + size > memory:
             passes.append([])
             taken = 0
@@ -117,6 +127,7 @@ def _in_passes(sites: Mapping[str, Site], memory: int | None) -> list[list[str]]
 def _one_pass(
     model: Model,
     sites: Mapping[str, Site],
+    heads: Mapping[str, NDArray[np.float64]],
     samples: Iterable[Sample],
     inputs: Sequence[TensorSpec],
     config: Config,
@@ -128,6 +139,7 @@ def _one_pass(
     half = bool(half_types(model))
     model = widened(model) if half else model
     graph = to_torch(model).to(device)
+    tables = {name: torch.from_numpy(table).float().to(device) for name, table in heads.items()}
     nested = [name for name, site in sites.items() if site.bodies]
     flat = [name for name in sites if name not in nested]
     probed = scores_of(model, graph.outputs)
@@ -164,7 +176,7 @@ def _one_pass(
             if gradient is None:
                 continue
             for key, rows in zip(gradient_keys(sites[name]), sites[name].output_rows, strict=True):
-                moments = _moments(gradient, rows, mask)
+                moments = _moments(gradient, rows, mask, tables.get(name))
                 if not np.isfinite(moments.gram).all():
                     raise ModelError(f"the gradient at {name!r} is not finite{INSTEAD}")
                 sums[key] = sums[key] + moments if key in sums else moments
@@ -173,14 +185,18 @@ def _one_pass(
     return sums
 
 
-def _moments(gradient: Any, place: Rows, mask: NDArray[Any] | None) -> Moments:
-    """The moments of one batch, on the device where it is; probes are noisier by far than float32."""
+def _moments(gradient: Any, place: Rows, mask: NDArray[Any] | None, table: Any | None) -> Moments:
+    """The moments of one batch, on the device where it is; probes are noisier by far than float32.
+
+    With a `table` [V, d], those of its products with the gradients [V].
+    """
     gradient = gradient[place.chunk(tuple(gradient.shape))].float()
     gradient = gradient.permute(place.order(gradient.ndim))
     rows = gradient.reshape(place.shape(tuple(gradient.shape)))
     real = None if mask is None else token_rows(mask, (*gradient.shape[: -len(place.axes)], rows.shape[1]))
     if real is not None:
         rows = rows[torch.from_numpy(real.copy()).to(rows.device)]
+    rows = rows if table is None else rows @ table
     total, gram = (array.double().cpu().numpy() for array in (rows.sum(0), rows.T @ rows))
     return Moments(len(rows), total, gram)
 

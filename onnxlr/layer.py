@@ -61,6 +61,8 @@ class Layer:
     read
         Of an embedding table that is the output head too: the moments of what the head reads; `moments` are then those
         of the rows that are gathered.
+    pulled
+        Of such a table: the moments of the gradients at what the head reads, through the head alone, with a `gain`.
     """
 
     matrix: Matrix
@@ -70,6 +72,7 @@ class Layer:
     projected: bool = False
     groups: tuple[Layer, ...] = ()
     read: Moments | None = None
+    pulled: Moments | None = None
 
     @property
     def d_in(self) -> int:
@@ -87,7 +90,7 @@ class Layer:
             return GroupedDecomposition([layer.decompose() for layer in self.groups])
         if self.read is not None and self.moments is not None:
             gain = None if self.gain is None else self.gain.root @ self.gain.root.T
-            return TiedDecomposition(self.matrix, self.moments, self.read, gain)
+            return TiedDecomposition(self.matrix, self.moments, self.read, gain, self.pulled)
         if self._by_inputs:
             assert self.moments is not None
             return InputDecomposition(self.matrix, self.moments, self.gain)

@@ -14,6 +14,7 @@ from onnxlr.probes import (
     WIDEST,
     gradients_reach,
     moments_size,
+    read_gradients,
     read_moments,
     splits,
     weight_gradients,
@@ -82,8 +83,11 @@ def _part(case: Case, weight: Weight, stats: Stats | None, config: Config) -> Pa
         gradients = weight_gradients(stats, weight) if fisher else None
         if weight.tied:
             (matrix,) = _matrices(case.inventory.matrix(weight))
-            gain = None if gradients is None else Gain.of(gradients[0])
-            return Layer(matrix, moments[0], True, gain, read=read_moments(stats, weight, config.objective))
+            read = read_moments(stats, weight, config.objective)
+            if gradients is None:
+                return Layer(matrix, moments[0], True, read=read)
+            gain, pulled = Gain.of(gradients[0]), read_gradients(stats, weight)
+            return Layer(matrix, moments[0], True, gain, read=read, pulled=pulled)
         return grouped(
             [
                 Layer(

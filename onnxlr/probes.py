@@ -73,7 +73,10 @@ GRADIENT = ":gradient"
 
 
 def gradient_keys(site: Site) -> list[str]:
-    """The names, in a `Stats`, of the gradient moments at a site's output, one a group; none where it is not seen."""
+    """The names, in a `Stats`, of the gradient moments at a site's output, one a group; none where it is not seen.
+
+    Those of an output head whose weight is a table of embeddings are of what it reads, through it alone.
+    """
     if site.groups == 1:
         return [site.output + GRADIENT for _ in site.output_rows]
     return [probe_key((site.output, rows)) + GRADIENT for rows in site.output_rows]
@@ -87,6 +90,7 @@ def has_gradients(stats: Stats) -> bool:
 def weight_gradients(stats: Stats, weight: Weight) -> list[Moments] | None:
     """The gradient moments of one weight, of each group: those of all its sites added up.
 
+    Those of a table that is the output head too are of what is gathered (`read_gradients` are those of the head).
     None where no gradient reached one of them.
 
     Raises
@@ -110,7 +114,7 @@ def gradients_reach(stats: Stats, weight: Weight) -> bool:
     """
     if not has_gradients(stats):
         raise StatsError("these moments hold no gradients: gather them with `onnxlr calibrate --objective fisher`")
-    keys = [gradient_keys(site) for site in weight.sites if not site.transposed]
+    keys = [gradient_keys(site) for site in weight.sites]
     return all(len(own) >= weight.groups and stats.moments.keys() >= set(own) for own in keys)
 
 
@@ -149,6 +153,12 @@ def read_moments(stats: Stats, weight: Weight, objective: Objective) -> Moments:
     """The moments of what the output heads of a tied table read."""
     probes = (probe for site in weight.sites if site.transposed for probe in site_probes(weight, site, objective))
     return reduce(add, (stats.moments[probe_key(probe)] for probe in probes))
+
+
+def read_gradients(stats: Stats, weight: Weight) -> Moments:
+    """The gradient moments of what the output heads of a tied table read, where gradients reach it."""
+    keys = (key for site in weight.sites if site.transposed for key in gradient_keys(site))
+    return reduce(add, (stats.moments[key] for key in keys))
 
 
 def moments_size(stats: Stats, weight: Weight, objective: Objective) -> Size:

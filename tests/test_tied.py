@@ -16,7 +16,9 @@ import onnxlr
 from onnxlr.config import Config, Target
 from onnxlr.factorize import OutputDecomposition, WeightDecomposition
 from onnxlr.forms import Stored
+from onnxlr.gain import SHRINKAGE
 from onnxlr.gram import Moments
+from onnxlr.probes import read_gradients, weight_gradients
 from onnxlr.rewrite import rewrite
 from onnxlr.session import Session
 from onnxlr.sites import take_inventory
@@ -82,22 +84,40 @@ def losses(first: Array, second: Array, table: Array, rows: Array, x: Array, gai
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10_000), weighed=st.booleans())
-def test_damages_are_those_of_both_uses_and_fall_with_the_rank(seed: int, weighed: bool) -> None:
+def test_damages_are_those_of_the_start_and_a_cut_loses_no_more(seed: int, weighed: bool) -> None:
     made, *data = decomposed(seed, weighed)
     assert made.total == pytest.approx(2.0)
     damages = [made.damage(rank) for rank in range(D + 1)]
     assert damages == sorted(damages, reverse=True)
     assert made.damage(D) == made.damage(D + 3) == 0.0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("onnxlr.tied.SWEEPS", 0)
+        start = [0.0, *(sum(losses(c.first, c.second, *data)) for c in map(made.cut, range(1, D + 1)))]
     for rank in range(1, D + 1):
         factors = made.cut(rank)
         assert factors.bias is None
-        real = sum(losses(factors.first, factors.second, *data))
-        # the damage that is told is the real one, or that of a larger rank that loses more
-        assert real <= made.damage(rank) * (1 + 1e-6) + 1e-9
-        later = max([sum(losses(c.first, c.second, *data)) for c in map(made.cut, range(rank, D + 1))])
-        assert made.damage(rank) == pytest.approx(later, rel=1e-4, abs=1e-8)
+        # what is told is what the start loses, or loses at a larger rank
+        assert made.damage(rank) == pytest.approx(max(start[rank:]), rel=1e-4, abs=1e-8)
+        assert sum(losses(factors.first, factors.second, *data)) <= start[rank] + 1e-6
         assert made.rank_for(1 - damages[rank] / made.total) <= rank
     np.testing.assert_allclose(factors.first @ factors.second, data[0], atol=1e-8)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 7])
+def test_the_second_factor_is_the_best_beside_the_first(rank: int) -> None:
+    """Against the normal equations of both uses as one dense system: a sweep ends with the second factor."""
+    made, table, rows, x, gain = decomposed(3, weighed=True)
+    cut = made.cut(rank)
+    first, reading = np.linalg.lstsq(table, cut.first)[0], cut.first
+    lefts = [rows.T @ rows / np.sum((rows @ gain) * rows), table.T @ table / np.sum((x @ table.T) ** 2)]
+    rights = [gain, x.T @ x]
+    terms = list(zip(lefts, rights, strict=True))
+    system = sum(np.kron(first.T @ left @ first, right) for left, right in terms)
+    aim = np.asarray(sum(first.T @ left @ right for left, right in terms))
+    second = np.linalg.solve(system, aim.ravel()).reshape(rank, D)
+    best, ours = (sum(losses(reading, each, table, rows, x, gain)) for each in (second, cut.second))
+    assert best <= ours == pytest.approx(best, rel=1e-5)
+    np.testing.assert_allclose(cut.second, second, atol=1e-3 * np.abs(second).max())
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
@@ -113,14 +133,48 @@ def test_both_uses_together_lose_less_than_by_the_optimum_of_one(seed: int) -> N
         for first, second in (
             (plain.first, plain.second), (gathered.first, gathered.second), (read.second.T, read.first.T),
         ):  # fmt: skip
-            assert ours <= 1.15 * sum(losses(first, second, *data))
+            assert ours < sum(losses(first, second, *data))
+
+
+def test_neither_use_loses_more_than_by_the_plain_decomposition() -> None:
+    """On average: what is best for both can cost one of them a little in a single case."""
+    found, plain = np.zeros(2), np.zeros(2)
+    for seed in range(10):
+        made, *data = decomposed(seed, weighed=False)
+        for rank in (2, 4, 6):
+            ours, theirs = made.cut(rank), WeightDecomposition(data[0]).cut(rank)
+            found += losses(ours.first, ours.second, *data)
+            plain += losses(theirs.first, theirs.second, *data)
+    assert (found < 0.75 * plain).all()
+
+
+def test_gradients_put_both_uses_in_one_unit() -> None:
+    """The loss that is told is that of a row of either use: `e G e^T` where it was gathered, `e H e^T` where read."""
+    _, table, rows, x, gain = decomposed(5, weighed=True)
+    gradients = random(6, 200, V, dtype=np.float64) * np.linspace(0.1, 2, V)
+    pulled = Moments.of(gradients @ table)
+    made = TiedDecomposition(table, Moments.of(rows), Moments.of(x), gain, pulled)
+    level = SHRINKAGE * np.trace(pulled.second) / np.sum(table**2)
+    metric = gradients.T @ gradients / len(gradients) + level * np.eye(V)
+
+    def lost(left: Array) -> float:
+        own = left[[int(np.argmin(np.abs(table - row).sum(1))) for row in rows]]
+        errors = x @ left.T
+        return float(np.sum((own @ gain) * own) + np.sum((errors @ metric) * errors)) / (len(rows) + len(x))
+
+    assert made.total == pytest.approx(lost(table), rel=1e-6)
+    alone = TiedDecomposition(table, Moments.of(rows), Moments.of(x), gain)
+    for rank in (2, 4, 6):
+        ours, other = (each.cut(rank) for each in (made, alone))
+        assert lost(table - ours.first @ ours.second) <= made.damage(rank) * (1 + 1e-6)
+        assert lost(table - ours.first @ ours.second) < lost(table - other.first @ other.second)
 
 
 def test_where_both_uses_want_the_same_they_get_it() -> None:
     table = random(1, V, D, dtype=np.float64)
     white = np.eye(D)
     # every row is gathered as often, and what is read goes in all directions alike
-    made = TiedDecomposition(table, Moments.of(table), Moments.of(np.concatenate([white, -white])), None)
+    made = TiedDecomposition(table, Moments.of(table), Moments.of(np.concatenate([white, -white])))
     squares = np.linalg.svd(table, compute_uv=False) ** 2
     plain = WeightDecomposition(table)
     for rank in range(1, D):
@@ -131,10 +185,10 @@ def test_where_both_uses_want_the_same_they_get_it() -> None:
 
 def test_without_data_and_of_nothing() -> None:
     nothing = Moments.zero(D)
-    made = TiedDecomposition(np.zeros((V, D)), nothing, nothing, None)
+    made = TiedDecomposition(np.zeros((V, D)), nothing, nothing)
     assert made.total == 0.0
     assert np.isfinite(made.cut(3).first).all()
-    blind = TiedDecomposition(WORDS.astype(np.float64), nothing, nothing, None)
+    blind = TiedDecomposition(WORDS.astype(np.float64), nothing, nothing)
     np.testing.assert_allclose(blind.cut(D).first @ blind.cut(D).second, WORDS, atol=1e-5)
 
 
@@ -202,6 +256,83 @@ def test_a_trial_is_what_the_rewritten_model_does() -> None:
         written = rewrite(inventory, {"table": Stored.pair(pair)})
         outputs = [np.concatenate([run(m, **feed)["y"] for feed in feeds]) for m in (model, written)]
         assert trial.error({"table": pair}, observed) == pytest.approx(relative(*outputs), rel=1e-4)
+
+
+def test_a_head_has_the_gradients_of_what_it_reads() -> None:
+    """Where it alone reads what another layer makes, they are the gradients at the output of that layer."""
+    pytest.importorskip("torch")
+    from onnxlr.fisher import gradient_moments
+
+    body = "e = Gather(table, i) m = MatMul(e, w) r = Relu(m) h = MatMul(r, v) t = Transpose(table) u = MatMul(h, t)"
+    model = parsed(
+        f"(int64[N, S] i) => (float[N, S, {V}] y, float[N, S, {D}] e)", body + " y = Softmax<axis = -1>(u)",
+        table=WORDS, w=random(4, D, 16), v=random(5, 16, D) / 4,
+    )  # fmt: skip
+    inventory = take_inventory(model)
+    config = Config(objective="fisher", threads=1, batch=4)
+    stats = gradient_moments(model, inventory, tokens(12), Session(model).inputs, config)
+    weights = {weight.name: weight for weight in inventory.weights}
+    assert weights["table"].tied
+    head, (above,) = read_gradients(stats, weights["table"]), weight_gradients(stats, weights["v"]) or []
+    assert head.count == above.count == 12 * 12
+    np.testing.assert_allclose(head.gram, above.gram, rtol=1e-4, atol=1e-4 * np.abs(above.gram).max())
+
+
+def test_torch_runs_a_tied_pair() -> None:
+    pytest.importorskip("torch")
+    from onnxlr.torch_graph import check_parity, to_torch
+
+    inventory = take_inventory(language_model())
+    small = rewrite(inventory, {"table": Stored.pair(WeightDecomposition(WORDS.astype(np.float64)).cut(3))})
+    assert check_parity(to_torch(small), small, tokens(3)).worst < 1e-5
+
+
+def gpt(layers: int = 2, heads: int = 2, words: int = 384, width: int = 16, length: int = 12) -> Model:
+    """A language model of the shape of GPT-2, as torch exports it: its table of words is stored once."""
+    arrays = {
+        "wte": random(1, words, width) * 0.8 ** np.arange(width, dtype=np.float32) @ np.linalg.qr(
+            random(2, width, width))[0], "wpe": random(3, length, width) / 9, "flat": np.array([0, -1, width]),
+        "parted": np.array([0, 0, heads, width // heads]), "future": np.triu(np.full((length, length), -1e4), 1),
+        "zero": np.array(0), "one": np.array(1), "lf": np.ones(width),
+    }  # fmt: skip
+    body = ["s = Shape(i) n = Gather<axis = 0>(s, one) p = Range(zero, n, one) e = Gather(wte, i) q = Gather(wpe, p)"]
+    body.append("h0 = Add(e, q)")
+    for k in range(layers):
+        arrays |= {f"l{k}": np.ones(width), f"m{k}": np.ones(width)}
+        arrays |= {f"{name}{k}": random(10 * k + j, width, width) / 5 for j, name in enumerate("qkvo", 4)}
+        arrays |= {f"f{k}": random(10 * k + 8, width, 4 * width) / 4, f"g{k}": random(10 * k + 9, 4 * width, width) / 9}
+        body.append(f"x{k} = LayerNormalization<axis = -1>(h{k}, l{k})")
+        for name, perm in (("q", "0, 2, 1, 3"), ("k", "0, 2, 3, 1"), ("v", "0, 2, 1, 3")):
+            body.append(f"a{name}{k} = MatMul(x{k}, {name}{k}) b{name}{k} = Reshape(a{name}{k}, parted)")
+            body.append(f"c{name}{k} = Transpose<perm = [{perm}]>(b{name}{k})")
+        body.append(f"d{k} = MatMul(cq{k}, ck{k}) j{k} = Add(d{k}, future) u{k} = Softmax<axis = -1>(j{k})")
+        body.append(f"w{k} = MatMul(u{k}, cv{k}) y{k} = Transpose<perm = [0, 2, 1, 3]>(w{k})")
+        body.append(f"z{k} = Reshape(y{k}, flat) r{k} = MatMul(z{k}, o{k}) t{k} = Add(h{k}, r{k})")
+        body.append(f"n{k} = LayerNormalization<axis = -1>(t{k}, m{k}) aa{k} = MatMul(n{k}, f{k})")
+        body.append(f"bb{k} = com.microsoft.Gelu(aa{k}) cc{k} = MatMul(bb{k}, g{k}) h{k + 1} = Add(t{k}, cc{k})")
+    body.append(f"hf = LayerNormalization<axis = -1>(h{layers}, lf) turned = Transpose<perm = [1, 0]>(wte)")
+    body.append("logits = MatMul(hf, turned)")
+    given = {name: a.astype(np.float32) if a.dtype == np.float64 else a for name, a in arrays.items()}
+    return parsed(f"(int64[N, S] i) => (float[N, S, {words}] logits)", " ".join(body), **given)
+
+
+def test_a_gpt_is_half_as_large_and_the_better_the_more_is_known_of_it(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    drawn = np.minimum(np.random.default_rng(3).zipf(1.3, (160, 12)) - 1, 383)
+    errors = []
+    for objective in ("weight", "output", "fisher"):
+        config = Config(objective=objective, target=Target("keep_params", 0.5), rank_multiple=1, threads=1)  # type: ignore[arg-type]
+        report = onnxlr.compress(gpt(), {"i": drawn}, config, output=tmp_path / "small.onnx", force=True)
+        (table,) = (weight for weight in report.weights if weight.name == "wte")
+        assert (table.form, len(table.sites)) == ("pair", 2)
+        assert report.after.parameters <= 0.5 * report.before.parameters
+        written = onnx.load(tmp_path / "small.onnx").graph.initializer
+        sizes = {t.name: int(np.prod(t.dims)) for t in written if t.data_type == onnx.TensorProto.FLOAT}
+        assert sum(sizes.values()) == report.after.parameters
+        assert {name for name in sizes if "wte" in name} == {"wte.lr_first", "wte.lr_second"}
+        errors.append(report.validation.error)
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.5 * errors[0]
 
 
 @pytest.mark.parametrize("objective", ["output", "fisher", "weight"])
