@@ -20,6 +20,7 @@ from onnxlr.gram import OnDemand, Stats, beside
 from onnxlr.inner import bring_out, outputs_of, pieces
 from onnxlr.liveness import consumed, initializer_names, needed
 from onnxlr.model_io import from_proto
+from onnxlr.passes import in_passes
 from onnxlr.probes import Probe, as_seen, probe_key, site_probes
 from onnxlr.running import RunningMoments, packed_bytes
 from onnxlr.session import Session
@@ -113,26 +114,15 @@ def accumulate(
             lambda: _one_pass(model, fingerprint, inventory, together, samples, inputs, config, progress),
         )
 
-    return reduce(beside, (gathered(together) for together in in_passes(inventory.weights, config)))
+    return reduce(beside, (gathered(together) for together in _passes(inventory.weights, config)))
 
 
-def in_passes(weights: Sequence[Weight], config: Config) -> list[list[list[Probe]]]:
-    """All probes, by pass and then by what is added up; each pass within `config.memory`, where one set of them is.
-
-    They stand in the order of the graph, so that early passes need little of it.
-    """
-    passes: list[list[list[Probe]]] = [[]]
-    taken = 0
+def _passes(weights: Sequence[Weight], config: Config) -> list[list[list[Probe]]]:
+    """All probes, by pass and then by what is added up, in the order of the graph: early passes need little of it."""
     seen = list(as_seen(weights, config))
     widths = _widths(seen, config.objective)
-    for own in _added_up(seen, config.objective):
-        size = sum(packed_bytes(widths[probe]) for probe in own)
-        if config.memory is not None and passes[-1] and taken + size > config.memory:
-            passes.append([])
-            taken = 0
-        passes[-1].append(own)
-        taken += size
-    return passes
+    together = _added_up(seen, config.objective)
+    return in_passes(together, lambda own: sum(packed_bytes(widths[probe]) for probe in own), config.memory)
 
 
 def _one_pass(

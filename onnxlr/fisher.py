@@ -29,6 +29,7 @@ from onnxlr.data import batches, sample_count
 from onnxlr.errors import ModelError
 from onnxlr.gram import Moments, Stats, beside
 from onnxlr.metrics import token_rows
+from onnxlr.passes import in_passes
 from onnxlr.precision import half_types, widened, widened_feed
 from onnxlr.probes import gradient_keys
 from onnxlr.task_loss import TaskLoss, scores_of
@@ -90,7 +91,7 @@ def gradient_moments(
     fingerprint = model.fingerprint()
     how = (config.batch, config.mask, config.loss, None if labels is None else labels.tobytes(), config.holdout_every)
     passes = []
-    for names in _in_passes(sites, config.memory):
+    for names in in_passes(sites, lambda name: 8 * sites[name].groups * _width(sites[name]) ** 2, config.memory):
         own = {name: sites[name] for name in names}
 
         def gathered(own: dict[str, Site] = own) -> Stats:
@@ -108,20 +109,6 @@ def gradient_moments(
 def _width(site: Site) -> int:
     """Of the gradients that are gathered at a site."""
     return site.d_in if site.transposed else site.d_out
-
-
-def _in_passes(sites: Mapping[str, Site], memory: int | None) -> list[list[str]]:
-    """Their names, by pass."""
-    passes: list[list[str]] = [[]]
-    taken = 0
-    for name, site in sites.items():
-        size = 8 * site.groups * _width(site) ** 2
-        if memory is not None and passes[-1] and taken + size > memory:
-            passes.append([])
-            taken = 0
-        passes[-1].append(name)
-        taken += size
-    return passes
 
 
 def _one_pass(

@@ -80,10 +80,7 @@ def _narrowed(group: Chained, trial: Trial, probed: Observed, least: float) -> f
         return 0.0
     width = widths[len(widths) // 2]
     damage = group.elimination.damage(width)
-    if damage <= 0:
-        return 0.0
-    cut = factors(group.parts, group.store_narrowed(width))
-    return _importance(group.consumer, trial.error(cut, probed), damage, least)
+    return _tried(group.parts, lambda: group.store_narrowed(width), group.consumer, damage, trial, probed, least)
 
 
 def _alone(part: Part, trial: Trial, probed: Observed, config: Config, least: float) -> float:
@@ -94,10 +91,7 @@ def _alone(part: Part, trial: Trial, probed: Observed, config: Config, least: fl
         return 0.0
     rank = min(offered, key=lambda rank: abs(rank - middle))
     damage = part.decomposition.damage(rank)
-    if damage <= 0:
-        return 0.0
-    pair = factors([part], {part.name: part.pair(rank, final=False)})
-    return _importance(part, trial.error(pair, probed), damage, least)
+    return _tried([part], lambda: {part.name: part.pair(rank, final=False)}, part, damage, trial, probed, least)
 
 
 def _separated(part: Part, trial: Trial, probed: Observed, config: Config, least: float) -> float:
@@ -106,9 +100,22 @@ def _separated(part: Part, trial: Trial, probed: Observed, config: Config, least
         return 0.0
     rank = offered[len(offered) // 2]
     damage = part.separation.damage(rank)
+    return _tried([part], lambda: {part.name: part.separable(rank)}, part, damage, trial, probed, least)
+
+
+def _tried(
+    parts: Sequence[Part],
+    store: Callable[[], Mapping[str, Stored]],
+    part: Part,
+    damage: float,
+    trial: Trial,
+    probed: Observed,
+    least: float,
+) -> float:
+    """The importance of `part` by what the model makes of `parts` stored so; 0 where that does no damage."""
     if damage <= 0:
         return 0.0
-    return _importance(part, trial.error(factors([part], {part.name: part.separable(rank)}), probed), damage, least)
+    return _importance(part, trial.error(factors(parts, store()), probed), damage, least)
 
 
 def _importance(part: Part, error: float, damage: float, least: float) -> float:
