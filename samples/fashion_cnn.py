@@ -11,8 +11,8 @@ a time. The trained model is kept in `--work`. Some ten minutes on one core.
 Found, top-1 of the dense network 91.04%, nothing tuned; time and error are relative to it:
 
     MACs    fisher, pairs                 fisher, all forms             output, pairs    output, all forms
-    50%     90.79%, time 0.58, err 0.080  90.92%, time 0.59, err 0.034  90.54%, 0.107    90.84%, 0.040
-    35%     90.09%, time 0.49, err 0.173  90.85%, time 0.46, err 0.074  89.03%, 0.250    90.73%, 0.091
+    50%     90.79%, time 0.58, err 0.080  90.95%, time 0.64, err 0.034  90.58%, 0.101    90.84%, 0.040
+    35%     90.09%, time 0.50, err 0.173  90.78%, time 0.47, err 0.075  89.54%, 0.233    90.61%, 0.089
 
 With all forms 10 or 11 of its 13 convolutions of 3 x 3 are separable: a column of the kernel, then a row.
 """
