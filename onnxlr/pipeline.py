@@ -123,7 +123,11 @@ def compress(
         case = prepare(model, calib, config, images)
         truth = None if labels is None else load_truth(case, labels)
         require_held_out(case)
-    with working(work, case.fingerprint) as kept:
+
+    def source() -> str:
+        return " ".join((case.fingerprint(), *(() if stats is None else stats.data)))
+
+    with working(work, source) as kept:
         return _compress(
             case,
             stats,

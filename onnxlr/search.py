@@ -13,7 +13,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from onnxlr.bench import compare_latency
-from onnxlr.config import BUDGETS
+from onnxlr.config import BUDGETS, Target
 from onnxlr.costs import Latency, Macs, Parameters, timed_dtype
 from onnxlr.data import batches, fixed_batch, sample_count, spread
 from onnxlr.errors import GateError
@@ -214,7 +214,8 @@ def _chooser(
     keep = _keep(config, work)
     if not work.resumable:
         return Chooser(groups, trial, probed, held_out, costs, config, progress, keep=keep)
-    measured_so = _settings(replace(config, rounds=0), parts, labels)
+    # whatever the target: importances are the same for all
+    measured_so = _settings(replace(config, rounds=0, target=Target()), parts, labels)
     return Chooser(
         groups, trial, probed, held_out, costs, config, progress,
         recall=lambda make: work.values("importance", measured_so, make), keep=keep,

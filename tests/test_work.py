@@ -95,14 +95,26 @@ def test_gradients_are_kept_too(tmp_path: Path) -> None:
 def test_another_target_finds_the_moments_and_other_data_find_nothing(tmp_path: Path) -> None:
     work = tmp_path / "work"
     shrink(tmp_path, work=work)
-    again = Stages()
-    shrink(tmp_path, again, work, target=Target("keep_params", 0.5))
-    assert "calibrate" not in again.seen
-    assert "importance" not in again.seen
+    for target in (Target("keep_params", 0.5), Target("keep_macs", 0.7)):
+        again = Stages()
+        shrink(tmp_path, again, work, target=target)
+        assert not again.seen & {"calibrate", "importance"}
     other = Stages()
     config = Config(**{**FINE, "target": BUDGET, "objective": "output"})
     onnxlr.compress(attention(), sequences(40), config, work=work, progress=other)
     assert {"calibrate", "importance"} <= other.seen
+
+
+def test_other_moments_of_as_many_rows_are_not_mistaken_for_those_of_before(tmp_path: Path) -> None:
+    config = Config(**{**FINE, "target": BUDGET, "objective": "output"})
+    shards = [onnxlr.calibrate(attention(), sequences(48, seed), config) for seed in (4, 5)]
+    assert shards[0].sizes.keys() == shards[1].sizes.keys()
+    seen = []
+    for stats in (*shards, shards[0]):
+        stages = Stages()
+        onnxlr.compress(attention(), DATA, config, stats=stats, work=tmp_path / "work", progress=stages)
+        seen.append("importance" in stages.seen)
+    assert seen == [True, True, False]
 
 
 @pytest.mark.parametrize("objective", ["output", "utilized", "fisher"])
