@@ -88,19 +88,20 @@ class RunningMoments:
             total = rows.sum(0, dtype=np.float64)
             rows = np.subtract(rows, self._shift, order="C")
             # where this sum is finite every entry of the triangle is
-            squares = float(np.vdot(rows, rows))
+            squares = _squared(rows)
             if dtype == np.float32 and not TINY < squares < np.inf:
                 rows = rows.astype(np.float64)
-                squares = float(np.vdot(rows, rows))
+                squares = _squared(rows)
         if not np.isfinite(squares):
             raise FloatingPointError("a row is not finite")
         triangle = _triangle(rows[:PIECE])
         for start in range(PIECE, len(rows), PIECE):
             triangle = triangle.astype(np.float64, copy=False) + _triangle(rows[start : start + PIECE])
         if self._watched and self.count >= self._due:
-            difference = triangle / len(rows) - self._triangle / self.count
+            difference = self._triangle / -self.count
+            difference += triangle / len(rows)
             # both triangles of the matrix, and its diagonal twice: never too small
-            distance = 2 * float(np.vdot(difference, difference))
+            distance = 2 * _squared(difference)
             self._variance += distance / (1 / len(rows) + 1 / self.count)
             self._compared += 1
             self._due = EVERY * self.count
@@ -137,6 +138,12 @@ class RunningMoments:
             square = gram[start:stop, start:stop]
             square[:] = np.tril(square) + np.tril(square, -1).T
         return Moments(self.count, self._total, gram)
+
+
+def _squared(array: NDArray[Any]) -> float:
+    """The sum of squares. numpy's BLAS has threads of its own, which would wait, spinning, on the cores of scipy's."""
+    flat = array.reshape(-1)
+    return float(np.einsum("i,i->", flat, flat))
 
 
 def _triangle(rows: NDArray[Any]) -> NDArray[Any]:
