@@ -80,7 +80,7 @@ class Moments:
 
     def kept(self, features: NDArray[np.intp]) -> Moments:
         """The moments of the same rows with only `features` of them, in that order."""
-        return Moments(self.count, self.total[features], self.gram[np.ix_(features, features)])
+        return Moments(self.count, self.total[features], self.gram.take(features, 0).take(features, 1))
 
     @property
     def dim(self) -> int:
