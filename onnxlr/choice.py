@@ -183,7 +183,7 @@ class Part:
     dim: int = 0
     note: str = ""
     narrowing: Narrowing | None = None
-    memory: Recent | None = None
+    memory: Recent[Decomposition] | None = None
     split: Callable[[], Decomposition] | None = None
 
     @property

@@ -149,7 +149,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Unread:
-    """A layer [d_in, d_out] that is read anew whenever it is looked at, and kept by nobody."""
+    """A layer [d_in, d_out] that is read when it is looked at."""
 
     d_in: int
     d_out: int

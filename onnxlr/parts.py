@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from onnxlr.choice import Part, separable_ranks
@@ -49,12 +50,13 @@ def parts_of(case: Case, stats: Stats | None, config: Config) -> list[Part]:
     StatsError
         `stats` lacks the moments that the objective needs.
     """
-    recent = None if config.memory is None else Recent()
-    parts = (_part(case, weight, stats, config) for weight in case.weights)
+    recent: Recent[Decomposition] | None = None if config.memory is None else Recent()
+    layers: Recent[Layer] = Recent()
+    parts = (_part(case, weight, stats, config, layers) for weight in case.weights)
     return [replace(_with_split(part, case, stats, config), memory=recent) for part in parts]
 
 
-def _part(case: Case, weight: Weight, stats: Stats | None, config: Config) -> Part:
+def _part(case: Case, weight: Weight, stats: Stats | None, config: Config, layers: Recent[Layer]) -> Part:
     matching = [rank for pattern, rank in config.ranks.items() if weight.matches(pattern)]
     fixed = matching[-1] if matching else None
     if fixed is not None and fixed > min(weight.d_in, weight.d_out):
@@ -101,7 +103,9 @@ def _part(case: Case, weight: Weight, stats: Stats | None, config: Config) -> Pa
             ]
         )
 
-    return Part(weight, Unread(weight.d_in, weight.d_out, with_data), fixed, rows, dim, note)
+    # what was asked of a layer is seldom all that will be: the last one stays
+    read = partial(layers.get, weight, with_data)
+    return Part(weight, Unread(weight.d_in, weight.d_out, read), fixed, rows, dim, note)
 
 
 def _with_split(part: Part, case: Case, stats: Stats | None, config: Config) -> Part:

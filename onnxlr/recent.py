@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 
     from onnxlr.factors import Decomposition, Factors
 
+T = TypeVar("T")
 
-class Recent:
-    """The decompositions that were used last.
+
+class Recent(Generic[T]):
+    """What was used last, by its owner, who has to live on.
 
     Parameters
     ----------
@@ -30,9 +32,9 @@ class Recent:
 
     def __init__(self, room: int = 1) -> None:
         self._room = room
-        self._kept: OrderedDict[int, Decomposition] = OrderedDict()
+        self._kept: OrderedDict[int, T] = OrderedDict()
 
-    def get(self, owner: object, make: Callable[[], Decomposition]) -> Decomposition:
+    def get(self, owner: object, make: Callable[[], T]) -> T:
         """That of `owner`, made where it is not there any more."""
         key = id(owner)
         if key not in self._kept:
@@ -49,7 +51,7 @@ class _Remade:
     def __init__(
         self,
         make: Callable[[], Decomposition],
-        recent: Recent,
+        recent: Recent[Decomposition],
         foresee: Callable[[], NDArray[np.float64]] | None,
     ) -> None:
         self._make, self._recent, self._foresee = make, recent, foresee
@@ -89,7 +91,7 @@ class _Remade:
 
 def decomposed(
     make: Callable[[], Decomposition],
-    recent: Recent | None,
+    recent: Recent[Decomposition] | None,
     foresee: Callable[[], NDArray[np.float64]] | None = None,
 ) -> Decomposition:
     """What `make` gives, for good; or, with `recent`, as long as there is room.

@@ -12,12 +12,12 @@ Units are eliminated backwards, the cheapest first, some at a time: picked one b
 cheapest, then taken out of `P` and `V` together. With the units that stay longest first and `C = T^T T`, `T` upper
 triangular, dropping all but the first `k` loses the squares in the rows of `T W L` from `k` on; and what the first `k`
 show of the output has the moments `Y^T Y`, with `Y` the rows before. All of it is found in float32, of correlations,
-which are better conditioned than `C`: within some 1e-6 of the damage in float64. The weights that stand in are float64.
+which are better conditioned than `C`: within some 1e-6 of the damage in float64. So are the weights that stand in.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import scipy.linalg
@@ -26,7 +26,7 @@ from onnxlr.factors import tails
 from onnxlr.spectrum import eigenvalues
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from numpy.typing import NDArray
 
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     Matrix = NDArray[np.float64]
     Index = NDArray[np.intp]
     Floats = NDArray[np.float32] | NDArray[np.float64]
+
+T = TypeVar("T")
 
 RIDGE = 1e-4
 """Added to the covariance, relative to its mean diagonal: units that calibration never told apart stay apart."""
@@ -84,12 +86,15 @@ class Elimination:
         foreseen: Iterable[int] = (),
     ) -> None:
         self.widths, self.has_mean = narrower(len(weight), step), moments is not None
-        value = weight if root is None else weight @ root
-        correlations, scale = _correlations(_covariance(moments, len(weight)))
+        value = weight.copy() if root is None else weight @ root
+        covariance = _covariance(moments, len(weight))
+        scale = np.sqrt(np.diag(covariance))
         # each unit relative to its own size, which leaves what is lost as it is
-        value = value * scale[:, None]
-        size = max(float(np.abs(value).max(initial=0.0)), np.finfo(np.float64).tiny)
-        self._order, shown = _last_first(correlations, value / size, step)
+        value *= scale[:, None]
+        size = _normalize(value)
+        self._order, shown = _by_correlations(
+            covariance, scale, lambda correlations: _last_first(correlations, value, step)
+        )
         self._damages = size**2 * tails(np.einsum("id,id->i", shown, shown, dtype=np.float64))
         self._foreseen = {width: size**2 * _lost(shown[:width]) for width in foreseen}
 
@@ -117,13 +122,28 @@ def _lost(shown: Floats) -> Matrix:
 def stand_in(weight: Matrix, moments: Moments | None, kept: Index) -> tuple[Matrix, Matrix]:
     """`W_K [width, d_out]` for the units `kept`, and the correction of the bias [d_out], 0 without data."""
     covariance = _covariance(moments, len(weight))
+    scale = np.sqrt(np.diag(covariance))
     gone = np.delete(np.arange(len(weight)), kept)
-    lower = scipy.linalg.cho_factor(_picked(covariance.T, kept), lower=True, overwrite_a=True, check_finite=False)
-    missing = covariance.take(kept, 0).take(gone, 1) @ weight[gone]
-    solved = weight[kept] + scipy.linalg.cho_solve(lower, missing, overwrite_b=True, check_finite=False)
+    lost = weight[gone] * scale[gone, None]
+    size = _normalize(lost)
+
+    def found(correlations: Floats) -> Floats:
+        lower = scipy.linalg.cho_factor(_picked(correlations, kept), lower=True, overwrite_a=True, check_finite=False)
+        missing = correlations.T.take(kept, 0).take(gone, 1) @ lost.astype(correlations.dtype)
+        solution: Floats = scipy.linalg.cho_solve(lower, missing, overwrite_b=True, check_finite=False)
+        return solution
+
+    solved = weight[kept] + size * _by_correlations(covariance, scale, found) / scale[kept, None]
     if moments is None:
         return solved, np.zeros(weight.shape[1])
     return solved, moments.mean @ weight - moments.mean[kept] @ solved
+
+
+def _normalize(values: Matrix) -> float:
+    """Divide by the largest, in place, and give it."""
+    size = max(float(np.abs(values).max(initial=0.0)), np.finfo(np.float64).tiny)
+    values /= size
+    return size
 
 
 def _covariance(moments: Moments | None, units: int) -> Matrix:
@@ -140,28 +160,28 @@ def _covariance(moments: Moments | None, units: int) -> Matrix:
     return covariance
 
 
-def _correlations(covariance: Matrix) -> tuple[NDArray[np.float32], Matrix]:
-    """In float32, and the size of every unit [H]."""
-    scale = np.sqrt(np.diag(covariance))
-    result = np.empty(covariance.shape, np.float32)
+def _by_correlations(covariance: Matrix, scale: Matrix, find: Callable[[Floats], T]) -> T:
+    """What `find` makes of the correlations, in the order of columns: in float64 where in float32 they have no root."""
+    try:
+        return find(_correlations(covariance, scale, np.float32))
+    except np.linalg.LinAlgError:
+        return find(_correlations(covariance, scale, np.float64))
+
+
+def _correlations(covariance: Matrix, scale: Matrix, dtype: type[np.floating[Any]]) -> Any:
+    result = np.empty(covariance.shape, dtype)
     for rows in np.array_split(np.arange(len(scale)), max(1, len(scale) // 256)):
         result[rows] = covariance[rows] / scale / scale[rows, None]
-    return result.T, scale
+    return result.T
 
 
-def _last_first(correlations: NDArray[np.float32], value: Matrix, step: int) -> tuple[Index, Floats]:
+def _last_first(correlations: Floats, value: Matrix, step: int) -> tuple[Index, Floats]:
     """The units, the last to go first, and what each shows of the output beside those before it [H, d_out]."""
-    try:
-        return _ordered(correlations, value.astype(np.float32), step)
-    except np.linalg.LinAlgError:
-        return _ordered(correlations.astype(np.float64), value, step)
-
-
-def _ordered(correlations: Floats, value: Floats, step: int) -> tuple[Index, Floats]:
-    order = _eliminated(correlations.copy(order="F"), value.copy(), step)[::-1]
-    (multiply,) = scipy.linalg.get_blas_funcs(("trmm",), (value,))
+    own: Any = value.astype(correlations.dtype)
+    order = _eliminated(correlations.copy(order="F"), own.copy(), step)[::-1]
+    (multiply,) = scipy.linalg.get_blas_funcs(("trmm",), (own,))
     upper = scipy.linalg.cholesky(_picked(correlations, order), overwrite_a=True, check_finite=False)
-    return order, multiply(1.0, upper, value[order])
+    return order, multiply(1.0, upper, own[order])
 
 
 def _eliminated(correlations: Floats, value: Floats, step: int) -> Index:
