@@ -22,7 +22,7 @@ from onnxlr.liveness import consumed, initializer_names, needed
 from onnxlr.model_io import from_proto
 from onnxlr.passes import in_passes
 from onnxlr.probes import Probe, as_seen, probe_key, site_probes
-from onnxlr.running import RunningMoments, packed_bytes
+from onnxlr.running import RunningMoments, drawn, packed_bytes
 from onnxlr.session import Session
 
 if TYPE_CHECKING:
@@ -89,8 +89,8 @@ def accumulate(
         The model's inputs.
     config
         Batch size, mask, rows, memory, provider and threads are used. Where `rows` is "auto" a tensor whose moments
-        have settled (`onnxlr.running`) takes no more rows, and the pass ends when all have: give the samples in an
-        order in which any first part is a sample of all.
+        have settled (`onnxlr.running`) takes no more rows, and before that a share of those that are much alike; the
+        pass ends when all have: give the samples in an order in which any first part is a sample of all.
     recall
         Gives the moments of a pass from what they follow from and from what makes them, so that they may go to a file
         before the next pass begins, or come from there.
@@ -148,7 +148,7 @@ def _one_pass(
             {**feed, **session.run(feed, fetched)} if fetched else feed,
             inner,
             mask,
-            wanted,
+            _shares(together, wanted, sums),
             sums,
             count,
             watched=config.rows == "auto",
@@ -225,25 +225,35 @@ def _in_bodies(
     return tensors, sums
 
 
+def _shares(
+    together: list[list[Probe]], wanted: Sequence[Probe], sums: Mapping[Probe, RunningMoments]
+) -> dict[Probe, float]:
+    """Which share of its rows each of `wanted` takes: as much as all that it is added up with."""
+    most = {
+        probe: max((sums[each].share for each in own if each in sums), default=1.0) for own in together for probe in own
+    }
+    return {probe: most[probe] for probe in wanted}
+
+
 def _add(
     activations: Feed,
     inner: Container[str],
     mask: NDArray[Any] | None,
-    wanted: Iterable[Probe],
+    shares: Mapping[Probe, float],
     sums: dict[Probe, RunningMoments],
     first: int,
     *,
     watched: bool,
 ) -> None:
     """Add the rows of one batch, which begins with sample `first`, to `sums`."""
-    for probe in wanted:
+    for probe, share in shares.items():
         tensor, place = probe
         names = outputs_of(tensor) if tensor in inner else ()
         try:
             for array in pieces(*(activations[name] for name in names)) if names else [activations[tensor]]:
                 rows = place.of(array, mask)
                 running = sums[probe] = sums.get(probe) or RunningMoments(rows.shape[1], watched=watched)
-                running.add(rows)
+                running.add(drawn(rows, share, running.count))
         except FloatingPointError:
             raise DataError(
                 f"tensor {tensor!r} holds NaN or infinite values in the batch from sample {first}: "

@@ -22,10 +22,15 @@ error `V / n` is measured. Of `n` rows and the `m` of the next batch, where both
 and `V` is the mean over batches, not all of which are compared (`EVERY`). Each row is then worth `tr(C)^2 / V`
 independent ones. With `k d` independent rows the leading directions of any rank `r` leave out about `r / (k d)`, at
 most `1 / k`, more than the best ones do.
+
+Rows that are worth little each, those of one image, say much the same. Of the batches that follow, only the share of
+them that one is worth has to be taken, at random: where `n` rows of a sample, correlated by `c`, are worth
+`n / (1 + (n - 1) c)`, so many fewer are worth half of that at least.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -123,6 +128,11 @@ class RunningMoments:
         """Whether more rows would change little: see the module."""
         return self._compared >= COMPARISONS and self.worth >= ENOUGH * self.dim
 
+    @property
+    def share(self) -> float:
+        """Which share of the rows to come is worth being taken: 1 without a measurement."""
+        return self.worth / self.count if self._compared else 1.0
+
     def moments(self) -> Moments:
         """What the rows add up to."""
         if self._shift is None:
@@ -138,6 +148,14 @@ class RunningMoments:
             square = gram[start:stop, start:stop]
             square[:] = np.tril(square) + np.tril(square, -1).T
         return Moments(self.count, self._total, gram)
+
+
+def drawn(rows: NDArray[Any], share: float, seed: int) -> NDArray[Any]:
+    """A share of the rows, at random, in their order; the same ones for the same seed."""
+    if share >= 1:
+        return rows
+    chosen = np.random.default_rng(seed).choice(len(rows), math.ceil(share * len(rows)), replace=False)
+    return rows[np.sort(chosen)]
 
 
 def _squared(array: NDArray[Any]) -> float:

@@ -426,10 +426,12 @@ def test_a_tensor_that_has_settled_takes_no_more_rows_and_the_pass_ends_with_the
     config = replace(CONFIG, objective="output", rows="auto")
     stats = accumulate(model, take_inventory(model), samples, Session(model).inputs, config, progress=seen.append)
     counts = {key: moments.count for key, moments in stats.moments.items()}
-    assert 48 <= counts["x"] < counts["z"] / 4
-    assert counts["z"] == stats.samples == sum(seen) < 2000
-    for key, array in (("x", x), ("z", z)):
-        assert_same(stats.moments[key], direct(array[: counts[key]]))
+    assert 48 <= counts["x"] < stats.samples / 4
+    assert stats.samples == sum(seen) < 2000
+    np.testing.assert_allclose(stats.moments["x"].covariance, np.eye(6), atol=0.6)
+    # where a batch is one row eight times, not much more than that one is taken
+    assert stats.samples / 8 <= counts["z"] < stats.samples / 2
+    np.testing.assert_allclose(stats.moments["z"].covariance, np.cov(z[: stats.samples].T, bias=True), atol=0.2)
     assert stats.data != gather(model, samples).data
     assert {moments.count for moments in gather(model, samples).moments.values()} == {2000}
 
@@ -438,7 +440,7 @@ def test_tensors_whose_moments_are_added_up_settle_together() -> None:
     model = parsed("(float[N, 6] x, float[N, 6] z) => (float[N, 16] y)", TIED, w=random(1, 6, 8), v=random(2, 6, 8))
     x, z = random(1, 2000, 6), np.repeat(random(2, 250, 6), 8, axis=0)
     stats = gather(model, [{"x": x[i : i + 1], "z": z[i : i + 1]} for i in range(2000)], rows="auto")
-    assert stats.moments["x"].count == stats.moments["z"].count == stats.samples < 2000
+    assert stats.moments["x"].count == stats.moments["z"].count <= stats.samples < 2000
 
 
 def test_rows_come_from_all_of_the_data_however_it_is_sorted() -> None:

@@ -1,26 +1,33 @@
-"""Measured latency over counted MACs: a vision transformer's shape with random weights, every linear layer as a pair.
+"""Measured latency over counted MACs: a vision transformer's shape with random weights.
 
-    python tools/vit_latency.py [--shape small|base] [--batch 1 8] [--shares 0.75 0.5 0.25] [--threads 1]
+    python tools/vit_latency.py [--shape small|base] [--batch 1 8] [--shares 0.75 0.5 0.25] [--threads 1] [--plans]
 
-The share is of the linear layers' parameters, ranks rounded down to a multiple of 16. MACs are of the whole model:
-linear layers, the products of attention and the patches. A last column near 1 says that what is saved on paper is saved
-in time; what has no MACs (normalizations, softmax, GELU) is not saved. On one thread its own processor time is taken,
-which other load on the machine hardly enters.
+Every linear layer becomes a pair, and the share is of their parameters, ranks rounded down to a multiple of 16. With
+`--plans` the model is what `compress --keep-macs` makes of it, with the objective "output" and all forms: hidden units
+that are dropped take their part of the GELU with them. MACs are of the whole model: linear layers, the products of
+attention and the patches. A last column near 1 says that what is saved on paper is saved in time; what has no MACs
+(normalizations, softmax, GELU) is not saved. On one thread its own processor time is taken, which other load on the
+machine hardly enters.
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
+from pathlib import Path
 
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
+import onnxlr
 from onnxlr.bench import compare_latency
-from onnxlr.model_io import Model, from_proto
+from onnxlr.config import Target
+from onnxlr.model_io import Model, from_proto, load, save
 
 SHAPES = {"small": (384, 6), "base": (768, 12)}
 DEPTH, TOKENS, PATCH = 12, 197, 768
 GOAL = 1.15
+SAMPLES = 32
 
 
 class Vit:
@@ -92,6 +99,23 @@ class Vit:
         return output
 
 
+def planned(dense: Vit, shares: list[float], threads: int) -> list[tuple[Model, float]]:
+    """What `compress` makes of a model, and the share of its MACs that it keeps."""
+    found = []
+    samples = np.random.default_rng(2).standard_normal((SAMPLES, TOKENS, PATCH), np.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        output, work = Path(folder, "small.onnx"), Path(folder, "work")
+        np.savez(Path(folder, "data.npz"), patches=samples)
+        save(dense.model(), Path(folder, "dense.onnx"))
+        for share in shares:
+            config = onnxlr.Config(target=Target("keep_macs", share), objective="output", threads=threads)
+            report = onnxlr.compress(
+                Path(folder, "dense.onnx"), Path(folder, "data.npz"), config, output=output, work=work, force=True
+            )
+            found.append((load(output), report.after.macs / report.before.macs))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="small")
@@ -100,11 +124,18 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="+", default=[0.75, 0.5, 0.25])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=20.0, help="for each batch size")
+    parser.add_argument("--plans", action="store_true", help="what compress makes of it, in place of pairs alone")
     arguments = parser.parse_args()
     width, heads = SHAPES[arguments.shape]
-    built = [Vit(width, heads, arguments.depth, share) for share in (1.0, *arguments.shares)]
-    models = [one.model() for one in built]
-    print("| shape | batch | linear parameters kept | dense, ms | MACs kept | time kept | time over MACs |")
+    whole = Vit(width, heads, arguments.depth, 1.0)
+    if arguments.plans:
+        built = planned(whole, arguments.shares, arguments.threads)
+    else:
+        pairs = [Vit(width, heads, arguments.depth, share) for share in arguments.shares]
+        built = [(one.model(), one.macs / whole.macs) for one in pairs]
+    models = [whole.model(), *(model for model, _ in built)]
+    share_of = "MACs asked for" if arguments.plans else "linear parameters kept"
+    print(f"| shape | batch | {share_of} | dense, ms | MACs kept | time kept | time over MACs |")
     print("|---|---|---|---|---|---|---|")
     worst = 0.0
     for batch in arguments.batch:
@@ -112,8 +143,7 @@ def main() -> None:
         dense, *others = compare_latency(
             models, feed, runs=200, budget_seconds=arguments.seconds, threads=arguments.threads
         )
-        for share, one, latency in zip(arguments.shares, built[1:], others, strict=True):
-            macs = one.macs / built[0].macs
+        for share, (_, macs), latency in zip(arguments.shares, built, others, strict=True):
             worst = max(worst, latency.ratio / macs)
             print(
                 f"| {arguments.shape} | {batch} | {share:.0%} | {dense.median_ms:.1f} | {macs:.3f} | "
