@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from onnxlr.case import gather, prepare, quiet, require_same_model
+from onnxlr.case import prepare, quiet
 from onnxlr.config import Config
 from onnxlr.errors import ConfigError
+from onnxlr.gathered import gather, require_same_model
 from onnxlr.probes import weight_moments, without_rows
 from onnxlr.spectrum import Utilization, eigen, output_spectrum, utilization
 

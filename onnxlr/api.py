@@ -13,7 +13,6 @@ import numpy as np
 
 from onnxlr.case import (
     as_model,
-    gather,
     images_for,
     load_truth,
     passes_check,
@@ -28,6 +27,7 @@ from onnxlr.config import Config, Tuning
 from onnxlr.data import load_labels, open_data
 from onnxlr.errors import ConfigError, ModelError
 from onnxlr.files import require_writable
+from onnxlr.gathered import gather
 from onnxlr.gram import Stats
 from onnxlr.model_io import save
 from onnxlr.report.schema import plain

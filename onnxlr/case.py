@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import onnx
 
-from onnxlr.calibrate import INSTEAD, accumulate, data_fingerprint
-from onnxlr.config import FORMS
-from onnxlr.data import IMAGES_KEY, ImageOptions, batches, fixed_batch, load_labels, open_data, shuffled, split
-from onnxlr.errors import ConfigError, DataError, InstallError, ModelError, StatsError
+from onnxlr.calibrate import data_fingerprint
+from onnxlr.data import IMAGES_KEY, ImageOptions, batches, fixed_batch, load_labels, open_data, split
+from onnxlr.errors import ConfigError, DataError, ModelError
 from onnxlr.export import export_temporarily
-from onnxlr.gram import beside
 from onnxlr.model_io import Model, check, from_proto, load
-from onnxlr.probes import has_gradients, probe_key, probes
 from onnxlr.reference import find_reference
 from onnxlr.session import Session
 from onnxlr.shapes import measure_shapes
@@ -25,20 +22,16 @@ from onnxlr.sites import take_inventory
 from onnxlr.unfold import unfold
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
 
     from onnxlr.config import Config, Tuning
     from onnxlr.data import Dataset, TensorSpec
-    from onnxlr.gram import Stats
     from onnxlr.report import Recovery
     from onnxlr.sites import Inventory, Weight
-    from onnxlr.work import Work
 
-    Recall = Callable[[str, object, Callable[[], Stats]], Stats]
-    """Gives the moments of a stage from what they follow from and from what makes them."""
     ModelLike = str | Path | Model | onnx.ModelProto
     """A path, a reference to a torch model (`onnxlr.reference`), or a model in memory."""
 
@@ -186,73 +179,6 @@ def require_loss_of_use(config: Config, labels: object) -> None:
         raise ConfigError(f"the objective {config.objective} uses no gradients: leave --loss {config.loss} out")
 
 
-def gather(
-    case: Case, config: Config, progress: Progress, labels: NDArray[Any] | None = None, work: Work | None = None
-) -> Stats:
-    """The moments that `config.objective` needs, over the calibration part of the data.
-
-    `labels`, one a sample of the whole data, are for `config.loss`. For the objective "auto" the moments are those of
-    "fisher", or of "output" where there can be no gradients: then they say why. With `work` they are in its files,
-    those that are there already are not gathered again.
-    """
-    kept = work is not None and (work.resumable or config.memory is not None)
-    recall = work.stats if work is not None and kept else _in_memory
-    gradients, no_gradients = None, ""
-    if config.objective in ("fisher", "auto"):
-        try:
-            gradients = _gradients(case, config, progress, labels, recall)
-        except (InstallError, ModelError) as error:
-            if config.objective == "fisher":
-                raise
-            no_gradients = str(error).removesuffix(INSTEAD)
-    stats = accumulate(
-        case.model,
-        case.inventory,
-        case.calibration
-        if config.rows == "all"
-        else shuffled(case.calibration, fixed_batch(case.inputs) or config.batch),
-        case.inputs,
-        config,
-        recall=lambda settings, make: recall("moments", settings, make),
-        progress=lambda done: progress("calibrate", done, None),
-    )
-    return replace(stats if gradients is None else beside(stats, gradients), no_gradients=no_gradients)
-
-
-def _in_memory(stage: str, settings: object, make: Callable[[], Stats]) -> Stats:
-    return make()
-
-
-def resolve(config: Config, stats: Stats) -> tuple[Config, str]:
-    """The objective "auto" as the one that its moments allow, and why it is that one; "" where it was not left open."""
-    if config.objective != "auto":
-        return config, ""
-    if has_gradients(stats):
-        return replace(config, objective="fisher"), "torch has the gradients of the model"
-    return replace(config, objective="output"), stats.no_gradients or "the moments hold no gradients"
-
-
-def _gradients(
-    case: Case,
-    config: Config,
-    progress: Progress,
-    labels: NDArray[Any] | None,
-    recall: Recall,
-) -> Stats:
-    from onnxlr.fisher import gradient_moments  # torch is not there for every user, and missed before the work
-
-    return gradient_moments(
-        case.model,
-        case.inventory,
-        case.calibration,
-        case.inputs,
-        config,
-        labels=None if labels is None else labels[[index for index, _ in case.calibration.read()]],
-        recall=lambda settings, make: recall("gradients", settings, make),
-        progress=lambda done: progress("gradients", done, None),
-    )
-
-
 def require_tuning(tuning: Tuning, labels: object) -> None:
     """Refuse fine-tuning that cannot be done, before the work begins.
 
@@ -300,46 +226,6 @@ def tune(
         labels=labels, checkpoint=checkpoint,
         progress=lambda done, total, note: progress("finetune", done, total, note),
     )  # fmt: skip
-
-
-def require_same_model(stats: Stats, model: Model) -> Stats:
-    """`stats`, if they are those of `model`.
-
-    Raises
-    ------
-    StatsError
-        They are not.
-    """
-    if stats.model != model.fingerprint():
-        raise StatsError("these moments were gathered on another model: run `onnxlr calibrate` on this one")
-    return stats
-
-
-def as_gathered(case: Case, stats: Stats, config: Config) -> Case:
-    """The case as `stats` see it: moments that were gathered for all forms serve for fewer as well."""
-    for forms in (config.forms, frozenset(FORMS)):
-        inventory = case.inventory.observing(forms)
-        own = {weight.name: weight for weight in inventory.weights}
-        weights = [own[weight.name] for weight in case.weights]
-        if all(probe_key(probe) in stats.moments for probe in probes(weights, config.objective)):
-            return replace(case, inventory=inventory, weights=weights)
-    return case  # whatever is missing is said where it is looked for
-
-
-def require_same_division(stats: Stats, config: Config) -> Stats:
-    """`stats`, if the samples that they held out are those that are held out now.
-
-    Raises
-    ------
-    StatsError
-        They are not: the result would be validated on samples that it was calibrated on.
-    """
-    if stats.holdout_every != config.holdout_every:
-        raise StatsError(
-            f"these moments held out one sample of {stats.holdout_every}, this run one of {config.holdout_every}: it "
-            f"would validate on samples that were calibrated on; give --holdout-every {stats.holdout_every}"
-        )
-    return stats
 
 
 def require_held_out(case: Case) -> None:

@@ -104,11 +104,6 @@ class Moments:
         result: NDArray[np.float64] = dger(-1.0, self.mean, self.mean, a=self.second.T, overwrite_a=True).T
         return result
 
-    @property
-    def rank_deficient(self) -> bool:
-        """Fewer rows than dimensions: the covariance is singular whatever the data."""
-        return self.count <= self.dim
-
 
 class OnDemand(Mapping[str, Moments]):
     """Moments that are made when they are looked at, by `make(key)`, and kept by nobody.

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING
 
 from onnxlr.bench import compare_latency
 from onnxlr.case import (
-    as_gathered,
-    gather,
     load_truth,
     passes_check,
     prepare,
@@ -20,23 +18,21 @@ from onnxlr.case import (
     require_held_out,
     require_loss_of_use,
     require_one_process,
-    require_same_division,
-    require_same_model,
     require_tuning,
-    resolve,
     tune,
 )
 from onnxlr.clock import Clock
 from onnxlr.config import Config
 from onnxlr.errors import ConfigError, ModelError, OutputError
 from onnxlr.files import require_writable
-from onnxlr.metrics import load_metric
+from onnxlr.gathered import as_gathered, gather, require_same_division, require_same_model, resolve
 from onnxlr.model_io import load, save
 from onnxlr.parts import parts_of
 from onnxlr.report import Quantized
 from onnxlr.search import bench_feed, finish, meet_target
 from onnxlr.session import fused_operators
 from onnxlr.summary import summarize
+from onnxlr.task_metrics import load_metric
 from onnxlr.work import working
 
 if TYPE_CHECKING:

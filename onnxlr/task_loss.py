@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from onnxlr.errors import DataError
-from onnxlr.metrics import load_function, one_line
+from onnxlr.task_metrics import load_function, one_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -18,9 +18,10 @@ import onnx_graphsurgeon as gs
 from onnxlr.data import batches, sample_count
 from onnxlr.errors import RangeError
 from onnxlr.forms import Stored
-from onnxlr.metrics import CandidateError, MeanMetric, load_metric, relative_error
+from onnxlr.metrics import CandidateError, relative_error
 from onnxlr.rewrite import emit, lay_out, put_in_place
 from onnxlr.session import Session
+from onnxlr.task_metrics import MeanMetric, load_metric
 from onnxlr.validate import compare
 
 if TYPE_CHECKING:

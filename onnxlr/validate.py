@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from onnxlr.calibrate import mask_of
 from onnxlr.data import numbered_batches
 from onnxlr.errors import ConfigError, DataError, ModelError
-from onnxlr.metrics import MeanMetric, OutputComparison, is_floating, load_metric, relative_error, token_rows
+from onnxlr.metrics import OutputComparison, is_floating, relative_error, token_rows
 from onnxlr.precision import half_types, widened, widened_feed
 from onnxlr.session import Session
+from onnxlr.task_metrics import MeanMetric, load_metric
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping

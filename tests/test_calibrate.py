@@ -12,10 +12,10 @@ from safetensors.numpy import save_file
 
 from onnxlr.api import calibrate
 from onnxlr.calibrate import accumulate, mask_of, with_outputs
-from onnxlr.case import require_same_model
 from onnxlr.config import Config
 from onnxlr.data import open_data, split
 from onnxlr.errors import DataError, StatsError
+from onnxlr.gathered import require_same_model
 from onnxlr.gram import Moments, Stats
 from onnxlr.probes import probes, site_probes
 from onnxlr.probes import weight_moments as moments_of_groups

@@ -20,9 +20,9 @@ import onnxlr
 from onnxlr.case import images_for
 from onnxlr.data import IMAGES_KEY, ImageOptions
 from onnxlr.errors import ConfigError, InstallError, ModelError
-from onnxlr.metrics import load_function
 from onnxlr.model_io import from_proto
 from onnxlr.reference import Reference, find_reference
+from onnxlr.task_metrics import load_function
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnxscript")

@@ -16,11 +16,11 @@ from models import parsed, random
 
 import onnxlr
 from onnxlr.api import calibrate
-from onnxlr.case import resolve
 from onnxlr.config import Config, Target
 from onnxlr.errors import ConfigError, DataError, ModelError, StatsError
 from onnxlr.factorize import OutputDecomposition
 from onnxlr.gain import SHRINKAGE, Gain
+from onnxlr.gathered import resolve
 from onnxlr.gram import Moments, Stats
 from onnxlr.layer import Layer
 from onnxlr.model_io import Model, from_proto

@@ -86,13 +86,6 @@ def test_zero_moments_have_a_mean_and_no_nan() -> None:
         assert not array.any()
 
 
-@pytest.mark.parametrize(("rows", "deficient"), [(4, True), (5, True), (6, False)])
-def test_a_covariance_of_no_more_rows_than_dimensions_is_deficient(rows: int, deficient: bool) -> None:
-    moments = Moments.of(data(rows, 5, 1))
-    assert moments.rank_deficient is deficient
-    assert bool(np.linalg.matrix_rank(moments.covariance) < 5) is deficient
-
-
 def test_stats_add_by_tensor() -> None:
     a, b = stats(0), stats(5, samples=4)
     both = a + b

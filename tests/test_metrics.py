@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from onnxlr import metrics
 from onnxlr.errors import ConfigError, DataError
-from onnxlr.metrics import MeanMetric, OutputComparison, load_metric, relative_error, token_rows, top1
+from onnxlr.metrics import OutputComparison, relative_error, token_rows
+from onnxlr.task_metrics import MeanMetric, load_metric, top1
 
 if TYPE_CHECKING:
     from pathlib import Path

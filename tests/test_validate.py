@@ -16,9 +16,9 @@ from onnx import numpy_helper
 
 from onnxlr.data import Dataset, Feed, TensorSpec, open_data, split
 from onnxlr.errors import ConfigError, DataError, ModelError, OutputError
-from onnxlr.metrics import top1
 from onnxlr.model_io import Model, from_proto
 from onnxlr.polygraphy_files import Tolerance, run_comparator, tolerances, write_polygraphy
+from onnxlr.task_metrics import top1
 from onnxlr.validate import compare, validate
 
 RNG = np.random.default_rng(0)

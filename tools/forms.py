@@ -23,10 +23,11 @@ import numpy as np
 from minilm import sentence_embeddings
 
 import onnxlr
-from onnxlr.case import gather, prepare
+from onnxlr.case import prepare
 from onnxlr.choice import Choice, Terms
 from onnxlr.costs import Parameters
 from onnxlr.data import batches, open_data, spread
+from onnxlr.gathered import gather
 from onnxlr.groups import group
 from onnxlr.importance import factors, measure_again, measure_alone
 from onnxlr.metrics import relative_error

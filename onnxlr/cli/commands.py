@@ -133,8 +133,8 @@ def calibrate(
     A file for `compress --stats`, `analyze --stats` and `merge`.
     """
     from onnxlr.api import calibrate as api
-    from onnxlr.case import resolve
     from onnxlr.files import require_writable
+    from onnxlr.gathered import resolve
 
     require_writable(output, force=force)
     config = Config(objective=objective, forms=parse_forms(forms), **settings)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from onnxlr.errors import ConfigError, ModelError
-from onnxlr.metrics import load_function
+from onnxlr.task_metrics import load_function
 from onnxlr.torch_models.source import TorchModel, describe, first_line, quietly, with_examples
 
 if TYPE_CHECKING:
