@@ -199,7 +199,7 @@ def _read_one_tensor(parts: Sequence[Part]) -> bool:
 
 
 def group(parts: Sequence[Part], inventory: Inventory, config: Config) -> list[Group]:
-    """All parts, each in one group; those with a rank that is demanded stay alone."""
+    """All parts, each in one group, in their order; those with a rank that is demanded stay alone."""
     free = {part.name: part for part in parts if part.fixed is None}
     groups: list[Group] = []
     for chain in inventory.chains if "width" in config.forms else ():
@@ -212,5 +212,6 @@ def group(parts: Sequence[Part], inventory: Inventory, config: Config) -> list[G
         members = [free.pop(name) for name in names if name in free]
         if members:
             groups.append(Shared(members) if len(members) > 1 else Single(members[0]))
-    rest = [*free.values(), *(part for part in parts if part.fixed is not None)]
-    return [*groups, *map(Single, rest)]
+    groups += map(Single, (*free.values(), *(part for part in parts if part.fixed is not None)))
+    place = {part.name: number for number, part in enumerate(parts)}
+    return sorted(groups, key=lambda members: min(place[part.name] for part in members.parts))

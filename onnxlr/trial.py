@@ -3,7 +3,8 @@
 Every operator whose weight takes part goes into an If: one branch is the operator as it is, the other a pair whose
 factors are inputs of the graph, of a rank that is free. One session then runs any plan, and nothing but what the plan
 takes. That makes the search for a target cheap (no rewriting, no loading), and it measures what each weight's cut does
-to the model's output, one weight at a time, at the price of the dense model.
+to the model's output, one weight at a time, at half the price of the dense model: a run begins where something is cut
+(`onnxlr.entrances`).
 """
 
 from __future__ import annotations
@@ -16,16 +17,18 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnxlr.data import batches, sample_count
+from onnxlr.entrances import Entrances, part
 from onnxlr.errors import RangeError
 from onnxlr.forms import Stored
 from onnxlr.metrics import CandidateError, relative_error
+from onnxlr.precision import half_types
 from onnxlr.rewrite import emit, lay_out, put_in_place
 from onnxlr.session import Session
 from onnxlr.task_metrics import MeanMetric, load_metric
 from onnxlr.validate import compare
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -40,6 +43,9 @@ if TYPE_CHECKING:
     Outputs = Mapping[str, NDArray[Any]]
     Observed = Sequence[tuple[Feed, Outputs, NDArray[Any] | None]]
     """By batch: what the dense model was fed, what it gave, and the labels."""
+
+ENTRANCES, WEIGHTS_EACH = 8, 8
+"""At how many tensors a run may begin, and the least number of weights for each, or it is not worth loading."""
 
 
 class Trial:
@@ -80,13 +86,24 @@ class Trial:
         pairs = {weight.name: lay_out(inventory, weight, _no_pair(weight, corrected)) for weight in weights}
         self._free = self._with_free_ranks([arrays for layouts in pairs.values() for arrays in layouts])
         self._provider, self._threads = config.provider, config.threads
-        self._open: Session | None = None
+        self._open: tuple[str | None, Session] | None = None
+        # bfloat16 may run as float32, and then is no tensor that the model takes
+        most = 0 if "bfloat16" in half_types(inventory.model) else min(ENTRANCES, len(weights) // WEIGHTS_EACH)
+        self._entrances = Entrances(inventory.model.proto.graph, most)
+        self._inside: tuple[Observed, list[Outputs]] | None = None
+        self._outputs_of = {weight.name: [site.output for site in weight.sites] for weight in weights}
         self._dense = {name: _named(layouts) for name, layouts in pairs.items()}
 
     @property
     def _session(self) -> Session:
-        self._open = self._open or Session(self._free, provider=self._provider, threads=self._threads)
-        return self._open
+        return self._opened(None, lambda: self._free)
+
+    def _opened(self, entrance: str | None, make: Callable[[], Model]) -> Session:
+        """The session of the model behind an entrance; one at a time is in memory."""
+        if self._open is None or self._open[0] != entrance:
+            self._open = None
+            self._open = entrance, Session(make(), provider=self._provider, threads=self._threads)
+        return self._open[1]
 
     def rest(self) -> None:
         """Give back the memory that running takes; whoever goes on trying takes it again."""
@@ -154,8 +171,30 @@ class Trial:
 
     def _outputs(self, factors: Mapping[str, Factors], observed: Observed) -> Iterator[Outputs]:
         arrays = self._given(factors)
-        for feed, _, _ in observed:
-            yield self._session.run({**feed, **arrays})
+        entrance = self._entrances.before(output for name in factors for output in self._outputs_of[name])
+        if entrance is None:
+            for feed, _, _ in observed:
+                yield self._session.run({**feed, **arrays})
+            return
+        inside = self._made_inside(observed)
+        outputs = [value.name for value in self._free.proto.graph.output]
+        values = [made[entrance] for made in inside]
+        session = self._opened(entrance, lambda: part(self._free, outputs, entrance, values))
+        wanted = {spec.name for spec in session.inputs}
+        for (feed, _, _), value in zip(observed, values, strict=True):
+            given = {**feed, **arrays, entrance: value}
+            yield session.run({name: array for name, array in given.items() if name in wanted})
+
+    def _made_inside(self, observed: Observed) -> list[Outputs]:
+        """What the dense model makes of the entrances, by batch."""
+        if self._inside is None or self._inside[0] is not observed:
+            self._open = None
+            model = part(self._inventory.model, self._entrances.tensors)
+            session = Session(model, provider=self._provider, threads=self._threads)
+            wanted = {spec.name for spec in session.inputs}
+            made: list[Outputs] = [session.run({name: feed[name] for name in wanted}) for feed, _, _ in observed]
+            self._inside = observed, made
+        return self._inside[1]
 
     def error(self, factors: Mapping[str, Factors], observed: Observed) -> float:
         """The relative error of the outputs with the weights in `factors` cut and all others dense.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -196,3 +197,35 @@ def test_outputs_that_are_not_finite_any_more_are_an_infinite_error() -> None:
     assert trial.error({"w": negative}, observed) == np.inf
     trial.rest()
     assert trial.error({}, observed) == 0.0
+
+
+def deep(blocks: int) -> Model:
+    """Residual blocks over x [N, 6], with a scale z [N, 1] that all of them read."""
+    block = "m{0} = MatMul(x{0}, u{0}) r{0} = Relu(m{0}) p{0} = MatMul(r{0}, v{0}) s{0} = Mul(p{0}, z)"
+    block += " x{1} = Add(x{0}, s{0}) "
+    body = "".join(block.format(i, i + 1) for i in range(blocks))
+    weights = {f"{name}{i}": random(10 * i + k, *shape) for i in range(blocks) for k, (name, shape) in
+               enumerate((("u", (6, 12)), ("v", (12, 6))))}  # fmt: skip
+    return parsed("(float[N, 6] x0, float[N, 1] z) => (float[N, 6] y)", f"{body} y = Identity(x{blocks})", **weights)
+
+
+def test_a_run_that_begins_inside_tells_the_same_error() -> None:
+    model = deep(16)
+    inventory = take_inventory(model)
+    assert len(inventory.weights) == 32
+    trial = Trial(inventory, inventory.weights, Session(model).inputs, CONFIG, corrected=True)
+    samples = [{"x0": X[i : i + 1], "z": np.abs(X[i : i + 1, :1])} for i in range(len(X))]
+    observed = trial.observe(samples)
+    feed = {"x0": X, "z": np.abs(X[:, :1])}
+    begun = []
+    for weight in inventory.weights:
+        pair = WeightDecomposition(inventory.matrix(weight)).cut(2)
+        cut = rewritten(inventory, {weight.name: Stored.pair(pair)})
+        expected = relative(run(model, **feed)["y"], run(cut, **feed)["y"])
+        assert trial.error({weight.name: pair}, observed) == pytest.approx(expected, rel=1e-4)
+        assert trial._open is not None
+        begun.append(trial._open[0])
+    # weights are in the order of the graph: each session is opened once, and the later ones begin inside
+    assert len(list(groupby(begun))) == len(set(begun)) == 5
+    assert begun[0] is None
+    assert begun[-1] not in (None, begun[-10])

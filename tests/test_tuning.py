@@ -41,7 +41,7 @@ from onnxlr.tuning.distill import INNER, plan_lesson  # noqa: E402
 from onnxlr.tuning.stream import Stream  # noqa: E402
 from onnxlr.tuning.trained import trained_weights, with_weights  # noqa: E402
 from onnxlr.tuning.training import WARM_UP, schedule  # noqa: E402
-from onnxlr.tuning.waists import waists  # noqa: E402
+from onnxlr.waists import waists  # noqa: E402
 
 ONE = Config(threads=1)
 PAIRS = replace(ONE, target=Target("keep_params", 0.4), rank_multiple=4, forms=frozenset({"pair"}), objective="output")

@@ -18,7 +18,7 @@ import torch
 from onnxlr.errors import ModelError
 from onnxlr.metrics import token_rows
 from onnxlr.task_loss import scores_of
-from onnxlr.tuning.waists import waists
+from onnxlr.waists import waists
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
