@@ -8,8 +8,8 @@ it, of the standard operators:
     sum z, n                  come out of every run: [d + 1] numbers, which tell at once where something is not finite
     gram += z^T z             [d, d] in float64, which stays there, is overwritten in place, and is fetched once
 
-`z^T z` is a product in float32 (in float64 where the rows are), of at most `PIECE` rows: more are cut into pieces of one
-length, with rows of 0 behind the last, whose products are then added up.
+Products and sums are in float32 (in float64 where the rows are), of at most `PIECE` rows: more are cut into pieces of
+one length, with rows of 0 behind the last, whose products are added up in float64.
 
 The first batch comes out as activations, as without a GPU. It tells the shift, and the number of axes and the dtype of
 every tensor, which a graph need not say. What goes on coming out after it are the patches of convolutions, tensors in
@@ -189,7 +189,7 @@ def with_moments(
         assert running.shift is not None
         part, product = _moments(nodes, probe, axes[probe[0]], running.shift, mask)
         parts.append(part)
-        nodes.add("Add", before, nodes.cast(product, TensorProto.DOUBLE), name=after)
+        nodes.add("Add", before, product, name=after)
     nodes.add("Concat", nodes.constant(np.zeros(0)), *parts, name=SUMS, axis=0)
     keep_only(graph, [*given, helper.make_tensor_value_info(SUMS, TensorProto.DOUBLE, None)])
     return from_proto(proto, model.folder)
@@ -239,7 +239,7 @@ class _Nodes:
 
 
 def _moments(nodes: _Nodes, probe: Probe, ndim: int, shift: NDArray[Any], mask: str | None) -> tuple[str, str]:
-    """`[sum z, n]` and `z^T z` of one run."""
+    """`[sum z, n]` and `z^T z` of one run, in float64."""
     tensor, rows = probe
     ordered = _ordered(nodes, tensor, rows, ndim)
     dim, leading = len(shift), ndim - len(rows.axes)
@@ -252,9 +252,9 @@ def _moments(nodes: _Nodes, probe: Probe, ndim: int, shift: NDArray[Any], mask: 
         z = nodes.add("Where", real, z, nodes.constant(np.zeros(1, shift.dtype)))
         count = nodes.sum(nodes.cast(real, TensorProto.DOUBLE), 0)
     pieces = _pieces(nodes, z, dim, shift.dtype)
-    total = nodes.cast(nodes.sum(pieces, 0, 1), TensorProto.DOUBLE)
     products = nodes.add("MatMul", nodes.add("Transpose", pieces, perm=[0, 2, 1]), pieces)
-    return nodes.add("Concat", total, count, axis=0), nodes.sum(products, 0)
+    total, gram = (nodes.sum(nodes.cast(each, TensorProto.DOUBLE), 0) for each in (nodes.sum(pieces, 1), products))
+    return nodes.add("Concat", total, count, axis=0), gram
 
 
 def _ordered(nodes: _Nodes, tensor: str, rows: Rows, ndim: int) -> str:
