@@ -126,7 +126,7 @@ def _passes(weights: Sequence[Weight], config: Config) -> list[list[list[Probe]]
     seen = list(as_seen(weights, config))
     widths = _widths(seen, config.objective)
     together = _added_up(seen, config.objective)
-    size = gram_bytes if _provider(config) in DEVICES else packed_bytes
+    size = gram_bytes if _stays_on_device(config) else packed_bytes
     return in_passes(together, lambda own: sum(size(widths[probe]) for probe in own), config.memory)
 
 
@@ -134,6 +134,11 @@ def _provider(config: Config) -> str:
     """What calibration runs in."""
     provider = PROVIDERS.get(config.provider.lower(), config.provider)
     return CUDA if provider == TENSORRT else provider
+
+
+def _stays_on_device(config: Config) -> bool:
+    """Whether moments are added up where the model runs; those that are watched are looked at after every batch."""
+    return _provider(config) in DEVICES and config.rows != "auto"
 
 
 def _one_pass(
@@ -162,7 +167,7 @@ def _one_pass(
         elif plain is not None and fetched:
             seen |= plain.run(feed, fetched)
         _add(seen, inner, mask, _shares(together, wanted, sums), sums, count, watched=config.rows == "auto")
-        if plain is not None and plain.device and config.rows != "auto":
+        if plain is not None and _stays_on_device(config):
             own = taken(model, inputs, wanted, inner, sums)
             axes = {tensor: seen[tensor].ndim for tensor, _ in own}
             wanted = [probe for probe in wanted if probe not in own]
