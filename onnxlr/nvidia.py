@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from contextlib import redirect_stdout
 from functools import cache
 from typing import Any
@@ -40,6 +41,11 @@ def load_libraries(onnxruntime: Any) -> None:
     if preload is not None:
         with redirect_stdout(io.StringIO()):  # there it says what it does not find; a session will say so too
             preload()
+
+
+def is_missing(error: Exception) -> bool:
+    """Whether onnxruntime has raised for want of a library, a driver or a device, and not for the model."""
+    return re.search(r"install TensorRT libraries|CUDA failure (35|100):", str(error)) is not None
 
 
 def not_started(provider: str) -> str:

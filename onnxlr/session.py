@@ -30,7 +30,7 @@ from onnxlr.data import TensorSpec
 from onnxlr.errors import InstallError, ModelError, OutputError
 from onnxlr.external_data import inline_bytes
 from onnxlr.model_io import load
-from onnxlr.nvidia import CUDA, TENSORRT, load_libraries, not_started, with_options
+from onnxlr.nvidia import CUDA, TENSORRT, is_missing, load_libraries, not_started, with_options
 from onnxlr.precision import half_types, widened, widened_feed
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ class Session:
             # with its fallback onnxruntime goes on with another provider, now or in a later run, and says so on stdout
             return ort.InferenceSession(content, options, providers=with_options(self.provider), enable_fallback=0)
         except Exception as error:  # onnxruntime raises a dozen unrelated types
-            if "install TensorRT libraries" in str(error):
+            if is_missing(error):
                 raise InstallError(not_started(self.provider)) from error
             raise ModelError(f"onnxruntime cannot load {self.name}: {_first_line(error)}") from error
 

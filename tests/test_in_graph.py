@@ -142,6 +142,14 @@ def test_moments_are_those_of_the_same_rows_outside(made: Laid, opset: int, piec
     assert_same(outside, inside, 1e-15 if x.dtype == np.float64 else EPS)
 
 
+def test_of_two_axes_that_a_mask_fits_the_first_is_that_of_the_tokens() -> None:
+    lengths = ((3, 4), (3, 3), (4, 3), (2, 2))
+    batches: list[Batch] = [(random(i, 2, *own, 5), np.array([[1, 0, 1], [1, 1, 0]])) for i, own in enumerate(lengths)]
+    outside, inside = both_ways(Rows(), batches)
+    assert_same(outside, inside)
+    assert outside.count == 12 + 16 + 16 + 8
+
+
 def test_the_error_does_not_grow_with_the_number_of_rows_of_a_batch_or_of_all() -> None:
     mix = random(1, 6, 6, dtype=np.float64)
     x = (random(2, 40 * PIECE + 5, 6, dtype=np.float64) @ mix).astype(np.float32)
