@@ -145,7 +145,7 @@ class RunningMoments:
         # a square on the diagonal is not finite where anything beside it is not
         if not np.isfinite(trace):
             raise FloatingPointError("a sum is not finite")
-        packed, _ = lapack.dtrttf(gram)
+        packed, _ = lapack.dtrttf(gram.T)  # which is in the order of LAPACK
         self._triangle += packed
         self._total += total + count * self._shift.astype(np.float64)
         self._squares += trace

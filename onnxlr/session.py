@@ -274,8 +274,10 @@ class Session:
         """
         try:
             binding = self._session.io_binding()
-            for name, array in (widened_feed(feed) if self.computes else feed).items():
-                binding.bind_ortvalue_input(name, _boxed(array))
+            # named, since not every release of onnxruntime keeps what is bound
+            given = {name: _boxed(array) for name, array in (widened_feed(feed) if self.computes else feed).items()}
+            for name, value in given.items():
+                binding.bind_ortvalue_input(name, value)
             for (before, after), value in kept.items():
                 binding.bind_ortvalue_input(before, value)
                 binding.bind_ortvalue_output(after, value)
