@@ -3,7 +3,9 @@
 The tensors whose rows matter become outputs of a copy of the graph. One batch at a time runs through it, its rows are
 folded into running sums (`onnxlr.gram`), and the activations are dropped. Moments are keyed by tensor, not by layer:
 layers that read one tensor share them, and where a layer's output is the smaller side, the output is observed.
-Tensors of bodies (If, Loop, Scan) come out by way of `onnxlr.inner`.
+Tensors of bodies (If, Loop, Scan) come out by way of `onnxlr.inner`. On a GPU most sums are made in the graph, and no
+activations come out (`onnxlr.in_graph`). With TensorRT calibration runs in CUDA: TensorRT builds an engine for every
+shape that a batch has, which takes minutes, to run it some hundred times.
 """
 
 from __future__ import annotations
@@ -17,13 +19,15 @@ import onnx
 from onnxlr.data import batches, sample_count
 from onnxlr.errors import DataError
 from onnxlr.gram import OnDemand, Stats, beside
+from onnxlr.in_graph import InGraph, gram_bytes, not_finite, taken
 from onnxlr.inner import bring_out, outputs_of, pieces
-from onnxlr.liveness import consumed, initializer_names, needed
+from onnxlr.liveness import keep_only
 from onnxlr.model_io import from_proto
+from onnxlr.nvidia import CUDA, TENSORRT
 from onnxlr.passes import in_passes
 from onnxlr.probes import Probe, as_seen, probe_key, site_probes
 from onnxlr.running import RunningMoments, drawn, packed_bytes
-from onnxlr.session import Session
+from onnxlr.session import DEVICES, PROVIDERS, Session
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -122,7 +126,19 @@ def _passes(weights: Sequence[Weight], config: Config) -> list[list[list[Probe]]
     seen = list(as_seen(weights, config))
     widths = _widths(seen, config.objective)
     together = _added_up(seen, config.objective)
-    return in_passes(together, lambda own: sum(packed_bytes(widths[probe]) for probe in own), config.memory)
+    size = gram_bytes if _stays_on_device(config) else packed_bytes
+    return in_passes(together, lambda own: sum(size(widths[probe]) for probe in own), config.memory)
+
+
+def _provider(config: Config) -> str:
+    """What calibration runs in."""
+    provider = PROVIDERS.get(config.provider.lower(), config.provider)
+    return CUDA if provider == TENSORRT else provider
+
+
+def _stays_on_device(config: Config) -> bool:
+    """Whether moments are added up where the model runs; those that are watched are looked at after every batch."""
+    return _provider(config) in DEVICES and config.rows != "auto"
 
 
 def _one_pass(
@@ -137,22 +153,28 @@ def _one_pass(
 ) -> Stats:
     wanted = [probe for own in together for probe in own]
     inner, sums = _in_bodies(inventory.weights, wanted, config)
-    session = _probing(model, wanted, inner, inputs, config)
+    probing = _probing(model, wanted, inner, inputs)
+    plain: Session | None = Session(probing, provider=_provider(config), threads=config.threads, streaming=True)
+    in_graph: InGraph | None = None
     digest = hashlib.sha256()
     count = 0
     for feed in batches(_hashed(samples, digest), config.batch, inputs):
         fetched = _fetched(wanted, inner, inputs)
         mask = mask_of(feed, config.mask)
-        # what is not named is not there any more beside the next batch's
-        _add(
-            {**feed, **session.run(feed, fetched)} if fetched else feed,
-            inner,
-            mask,
-            _shares(together, wanted, sums),
-            sums,
-            count,
-            watched=config.rows == "auto",
-        )
+        seen = dict(feed)
+        if in_graph is not None:
+            seen |= in_graph.run(feed, fetched, count)
+        elif plain is not None and fetched:
+            seen |= plain.run(feed, fetched)
+        _add(seen, inner, mask, _shares(together, wanted, sums), sums, count, watched=config.rows == "auto")
+        if plain is not None and _stays_on_device(config):
+            own = taken(model, inputs, wanted, inner, sums)
+            axes = {tensor: seen[tensor].ndim for tensor, _ in own}
+            wanted = [probe for probe in wanted if probe not in own]
+            fetched = _fetched(wanted, inner, inputs)
+            plain = None  # or the weights are in that memory twice
+            in_graph = InGraph(probing, own, axes, sums, fetched, config, provider=_provider(config))
+        del seen  # or it is still there beside the next batch's
         size = sample_count(feed, inputs)
         count += size
         progress(size)
@@ -160,6 +182,8 @@ def _one_pass(
             wanted = [probe for own in together if not all(sums[each].settled for each in own) for probe in own]
             if not wanted:
                 break
+    if in_graph is not None:
+        in_graph.finish()
     if not count:
         raise DataError("there are no samples to calibrate on: one of so many is held out, so give at least two")
     by_key = {probe_key(probe): running for probe, running in sums.items()}
@@ -179,9 +203,8 @@ def _probing(
     wanted: Sequence[Probe],
     inner: Mapping[str, tuple[str, tuple[Body, ...]]],
     inputs: Sequence[TensorSpec],
-    config: Config,
-) -> Session:
-    """A session that gives out the tensors of `wanted`, and computes nothing that they do not need."""
+) -> Model:
+    """A copy of `model` that gives out the tensors of `wanted`, and computes nothing that they do not need."""
     probed = with_outputs(model, list(dict.fromkeys(tensor for tensor, _ in wanted if tensor not in inner)))
     graph = probed.proto.graph
     for seen_as in dict.fromkeys(tensor for tensor, _ in wanted if tensor in inner):
@@ -189,16 +212,8 @@ def _probing(
         bring_out(graph, tensor, seen_as, bodies)
     fetched = set(_fetched(wanted, inner, inputs))
     if fetched:
-        outputs = [value for value in graph.output if value.name in fetched]
-        nodes = needed(graph, fetched)
-        del graph.output[:], graph.node[:]
-        graph.output.extend(outputs)
-        graph.node.extend(nodes)
-        unread = initializer_names(graph) - consumed(nodes, outputs)
-        for field in (graph.initializer, graph.input):
-            for index in reversed([i for i, each in enumerate(field) if each.name in unread]):
-                del field[index]
-    return Session(probed, provider=config.provider, threads=config.threads, streaming=True)
+        keep_only(graph, [value for value in graph.output if value.name in fetched])
+    return probed
 
 
 def _fetched(wanted: Sequence[Probe], inner: Container[str], inputs: Sequence[TensorSpec]) -> list[str]:
@@ -255,10 +270,7 @@ def _add(
                 running = sums[probe] = sums.get(probe) or RunningMoments(rows.shape[1], watched=watched)
                 running.add(drawn(rows, share, running.count))
         except FloatingPointError:
-            raise DataError(
-                f"tensor {tensor!r} holds NaN or infinite values in the batch from sample {first}: "
-                "check the model and the data with onnxruntime"
-            ) from None
+            raise not_finite(tensor, first) from None
 
 
 def _added_up(weights: Iterable[Weight], objective: Objective) -> list[list[Probe]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from onnx import AttributeProto, GraphProto, NodeProto
+from onnx import AttributeProto, GraphProto, NodeProto, ValueInfoProto
 
 from onnxlr.errors import ModelError
 
@@ -104,6 +104,19 @@ def needed(graph: GraphProto, names: Iterable[str]) -> list[NodeProto]:
             kept.append(node)
             wanted |= reads(node)
     return kept[::-1]
+
+
+def keep_only(graph: GraphProto, outputs: Sequence[ValueInfoProto]) -> None:
+    """Leave of a graph, in place, these outputs and what they are made of; inputs stay, but for those with a value."""
+    graph.ClearField("output")
+    graph.output.extend(outputs)
+    nodes = needed(graph, (value.name for value in outputs))
+    graph.ClearField("node")
+    graph.node.extend(nodes)
+    unread = initializer_names(graph) - consumed(nodes, outputs)
+    for field in (graph.initializer, graph.input):
+        for index in reversed([i for i, each in enumerate(field) if each.name in unread]):
+            del field[index]
 
 
 def order(nodes: Sequence[NodeProto], fixed: Sequence[bool]) -> list[int]:

@@ -116,6 +116,42 @@ class RunningMoments:
         self.count += len(rows)
 
     @property
+    def shift(self) -> NDArray[Any] | None:
+        """What is taken off every row before it is multiplied, [d], of the dtype of the rows; None before the first."""
+        return self._shift
+
+    @property
+    def single(self) -> bool:
+        """Whether the rows so far, less the shift, are well within what single precision can square."""
+        return TINY < self._squares < 1 / TINY
+
+    def merge(self, count: int, total: NDArray[np.float64], gram: NDArray[np.float64]) -> None:
+        """Add rows that were added up elsewhere, not before the first batch and never where they are watched.
+
+        Parameters
+        ----------
+        count
+            How many they are.
+        total, gram
+            Of `z = x - shift`: their sum [d], and `z^T z` [d, d].
+
+        Raises
+        ------
+        FloatingPointError
+            A sum is not finite.
+        """
+        assert self._shift is not None
+        trace = float(np.trace(gram))
+        # a square on the diagonal is not finite where anything beside it is not
+        if not np.isfinite(trace):
+            raise FloatingPointError("a sum is not finite")
+        packed, _ = lapack.dtrttf(gram.T)  # which is in the order of LAPACK
+        self._triangle += packed
+        self._total += total + count * self._shift.astype(np.float64)
+        self._squares += trace
+        self.count += count
+
+    @property
     def worth(self) -> float:
         """How many independent rows tell the covariance as well; 0 before there is anything to compare."""
         if not self._compared:

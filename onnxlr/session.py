@@ -30,6 +30,7 @@ from onnxlr.data import TensorSpec
 from onnxlr.errors import InstallError, ModelError, OutputError
 from onnxlr.external_data import inline_bytes
 from onnxlr.model_io import load
+from onnxlr.nvidia import CUDA, TENSORRT, is_missing, load_libraries, not_started, with_options
 from onnxlr.precision import half_types, widened, widened_feed
 
 if TYPE_CHECKING:
@@ -41,15 +42,16 @@ INLINE_BYTES, LARGE_WEIGHT = 2**30, 2**16
 """Where a model holds more bytes of weights than the first, those of the second and more go beside its protobuf."""
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
+    "cuda": CUDA,
+    "tensorrt": TENSORRT,
     "rocm": "ROCMExecutionProvider",
     "openvino": "OpenVINOExecutionProvider",
     "dml": "DmlExecutionProvider",
     "coreml": "CoreMLExecutionProvider",
 }
 """The `--provider` names and onnxruntime's own names of them; any other onnxruntime name is taken as it is."""
-
+DEVICES = {CUDA: "cuda"}
+"""Of providers with a memory of their own, in which tensors may stay from run to run: what onnxruntime calls it."""
 
 BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
 
@@ -123,6 +125,8 @@ class Session:
     ----------
     name, provider
         The model's path, and onnxruntime's name of the provider.
+    device
+        The provider's memory, where it has one of its own, as in `DEVICES`; else "".
     inputs, outputs
         What the model takes and gives.
     computes
@@ -145,6 +149,7 @@ class Session:
         path, folder = (model, model.parent) if isinstance(model, Path) else (model.path, model.folder)
         self.name = str(path or "the model")
         self.provider = PROVIDERS.get(provider.lower(), provider)
+        self.device = DEVICES.get(self.provider, "")
         if self.provider not in ort.get_available_providers():
             raise InstallError(
                 f"this onnxruntime build has no {self.provider}: available are "
@@ -179,10 +184,7 @@ class Session:
             self._session, self.computes = self._load(widened(whole), options), "float32"
             model = whole
         if self.provider not in self._session.get_providers():
-            raise InstallError(
-                f"onnxruntime could not start {self.provider} on this machine and fell back to "
-                f"{', '.join(self._session.get_providers())}: check the driver, or choose --provider cpu"
-            )
+            raise InstallError(not_started(self.provider))
         self.inputs = [_spec("input", argument) for argument in self._session.get_inputs()]
         self.outputs = [_spec("output", argument) for argument in self._session.get_outputs()]
         self._plain = all(spec.dtype != BFLOAT16 for spec in (*self.inputs, *self.outputs))
@@ -199,9 +201,15 @@ class Session:
 
     def _load(self, model: Model | Path, options: Any) -> Any:
         content = os.fspath(model) if isinstance(model, Path) else self._content(model, options)
+        ort = import_onnxruntime()
+        if self.provider in (CUDA, TENSORRT):
+            load_libraries(ort)
         try:
-            return import_onnxruntime().InferenceSession(content, options, providers=[self._provider_options()])
+            # with its fallback onnxruntime goes on with another provider, now or in a later run, and says so on stdout
+            return ort.InferenceSession(content, options, providers=with_options(self.provider), enable_fallback=0)
         except Exception as error:  # onnxruntime raises a dozen unrelated types
+            if is_missing(error):
+                raise InstallError(not_started(self.provider)) from error
             raise ModelError(f"onnxruntime cannot load {self.name}: {_first_line(error)}") from error
 
     def _content(self, model: Model, options: Any) -> bytes:
@@ -217,10 +225,6 @@ class Session:
         options.add_external_initializers(list(weights), self._weights)
         return content
 
-    def _provider_options(self) -> str | tuple[str, dict[str, str]]:
-        # TF32 keeps 10 bits of mantissa: moments and parity would be measured through its noise
-        return (self.provider, {"use_tf32": "0"}) if self.provider == PROVIDERS["cuda"] else self.provider
-
     def run(self, feed: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         """The named outputs (all, when None) for one feed.
 
@@ -234,20 +238,65 @@ class Session:
         try:
             values = self._session.run(names, given) if self._plain else self._run_boxed(names, given)
         except Exception as error:
-            shapes = ", ".join(f"{name} {list(np.shape(array))}" for name, array in list(feed.items())[:4])
-            raise ModelError(f"{self.name} fails on a feed ({shapes}): {_first_line(error)}") from error
+            raise self._failed(feed, error) from error
         return dict(zip(names, values, strict=True))
+
+    def _failed(self, feed: Mapping[str, np.ndarray], error: Exception) -> ModelError:
+        shapes = ", ".join(f"{name} {list(np.shape(array))}" for name, array in list(feed.items())[:4])
+        return ModelError(f"{self.name} fails on a feed ({shapes}): {_first_line(error)}")
 
     def _run_boxed(self, names: Sequence[str], feed: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """`run` by way of OrtValues, in which onnxruntime takes and gives bfloat16."""
-        box, element = import_onnxruntime().OrtValue, onnx.TensorProto.BFLOAT16
-        boxed = {
-            name: box.ortvalue_from_numpy_with_onnx_type(np.ascontiguousarray(array), element)
-            if array.dtype == BFLOAT16
-            else box.ortvalue_from_numpy(array)
-            for name, array in feed.items()
-        }
+        boxed = {name: _boxed(array) for name, array in feed.items()}
         return [_unboxed(value) for value in self._session.run_with_ort_values(names, boxed)]
+
+    def placed(self, array: np.ndarray) -> Any:
+        """An array in the memory of the provider, for `run_in_place`; on the CPU it is the array itself."""
+        return import_onnxruntime().OrtValue.ortvalue_from_numpy(array, self.device or "cpu", 0)
+
+    def run_in_place(
+        self, feed: Mapping[str, np.ndarray], outputs: Sequence[str], kept: Mapping[tuple[str, str], Any]
+    ) -> dict[str, np.ndarray]:
+        """`run`, with tensors that stay where the provider has them.
+
+        Parameters
+        ----------
+        feed, outputs
+            As of `run`; without strings.
+        kept
+            By an input of the model and the output that takes its place: what `placed` gave, which is overwritten. The
+            operator that makes the output has to be elementwise, and alone in reading the input.
+
+        Raises
+        ------
+        ModelError
+            The model fails on this feed.
+        """
+        try:
+            binding = self._session.io_binding()
+            # named, since not every release of onnxruntime keeps what is bound
+            given = {name: _boxed(array) for name, array in (widened_feed(feed) if self.computes else feed).items()}
+            for name, value in given.items():
+                binding.bind_ortvalue_input(name, value)
+            for (before, after), value in kept.items():
+                binding.bind_ortvalue_input(before, value)
+                binding.bind_ortvalue_output(after, value)
+            for name in outputs:
+                binding.bind_output(name, "cpu")
+            binding.synchronize_inputs()
+            self._session.run_with_iobinding(binding)
+            binding.synchronize_outputs()
+            values = binding.get_outputs()[len(kept) :]
+        except Exception as error:
+            raise self._failed(feed, error) from error
+        return {name: _unboxed(value) for name, value in zip(outputs, values, strict=True)}
+
+
+def _boxed(array: np.ndarray) -> Any:
+    box, array = import_onnxruntime().OrtValue, np.asarray(array, order="C")
+    if array.dtype == BFLOAT16:
+        return box.ortvalue_from_numpy_with_onnx_type(array, onnx.TensorProto.BFLOAT16)
+    return box.ortvalue_from_numpy(array)
 
 
 def _unboxed(value: Any) -> np.ndarray:

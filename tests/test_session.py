@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -13,7 +14,8 @@ from models import parsed, random
 
 from onnxlr.errors import InstallError, ModelError
 from onnxlr.model_io import Model, from_proto, load, save
-from onnxlr.session import Session, fused_operators, import_onnxruntime
+from onnxlr.nvidia import CUDA, TENSORRT, TF32, not_started, with_options
+from onnxlr.session import PROVIDERS, Session, fused_operators, import_onnxruntime
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,6 +57,53 @@ def test_weights_beyond_one_protobuf_go_beside_it(monkeypatch: pytest.MonkeyPatc
 def test_a_provider_that_this_build_lacks_is_an_error_and_no_fallback() -> None:
     with pytest.raises(InstallError, match=r"this onnxruntime build has no NoSuchProvider: available are .*CPU"):
         Session(model(), provider="NoSuchProvider")
+
+
+@pytest.mark.parametrize(("short", "name"), [("tensorrt", TENSORRT), ("cuda", CUDA)])
+def test_a_gpu_that_this_build_lacks_is_an_error_that_says_what_to_install(short: str, name: str) -> None:
+    if name in import_onnxruntime().get_available_providers():
+        pytest.skip(f"this onnxruntime is built with {name}")
+    with pytest.raises(InstallError, match=rf"this onnxruntime build has no {name}: .*'onnxlr\[gpu\]'"):
+        Session(model(), provider=short)
+
+
+def test_products_on_a_gpu_are_never_rounded_to_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TF32, "")  # so that it is put back afterwards
+    monkeypatch.delenv(TF32)
+    exact = (CUDA, {"use_tf32": "0"})
+    assert with_options(CUDA) == [exact]
+    assert (with_options("OtherProvider"), TF32 in os.environ) == (["OtherProvider"], False)
+    # what TensorRT does not take does not end up on the CPU
+    assert with_options(TENSORRT) == [TENSORRT, exact]
+    assert os.environ[TF32] == "0"
+    monkeypatch.setenv(TF32, "1")
+    with_options(TENSORRT)
+    assert os.environ[TF32] == "1"
+
+
+def test_what_did_not_start_says_what_to_look_for() -> None:
+    assert "the driver, and for CUDA and cuDNN: `pip install" in not_started(CUDA)
+    assert "CUDA, cuDNN and TensorRT in the versions" in not_started(TENSORRT)
+    assert "start DmlExecutionProvider on this machine: look for the driver; or choose" in not_started(PROVIDERS["dml"])
+
+
+@pytest.mark.parametrize("kind", ["float", "double", "bfloat16"])
+def test_tensors_stay_in_place_from_run_to_run(kind: str) -> None:
+    text = f"""<ir_version: 8, opset_import: ["" : 17]>
+        g ({kind}[N, 2] x, double[2] before) => (double[2] after, {kind}[N, 2] y)
+        {{ y = Identity(x) w = Cast<to = 11>(x) s = ReduceSum<keepdims = 0>(w, zero) after = Add(before, s) }}"""
+    proto = onnx.parser.parse_model(text)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array([0]), "zero"))
+    session = Session(from_proto(proto), threads=1)
+    kept = {("before", "after"): session.placed(np.array([0.5, 0]))}
+    x = np.arange(8, dtype=session.inputs[0].dtype).reshape(4, 2)
+    for part in (x[:3], x[3:]):
+        found = session.run_in_place({"x": part}, ["y"], kept)
+        assert list(found) == ["y"]
+        assert np.array_equal(found["y"], part)
+    assert kept["before", "after"].numpy().tolist() == [12.5, 16]
+    with pytest.raises(ModelError, match=r"fails on a feed \(x \[1, 3\]\): "):
+        session.run_in_place({"x": np.zeros((1, 3), x.dtype)}, [], kept)
 
 
 def test_a_model_that_onnxruntime_refuses() -> None:

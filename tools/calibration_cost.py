@@ -2,6 +2,7 @@
 
     python tools/calibration_cost.py [--models vit_s,bert_base,fashion] [--samples 32] [--rounds 3]
     python tools/calibration_cost.py --models MODEL.onnx --calib DATA [--mask INPUT]
+    python tools/calibration_cost.py --provider cuda --samples 512
 
 In every round each pass runs in a process of its own, in turn with the others: plain inference in onnxruntime, the
 moments of the objective "output" over all rows and with `--rows auto`, and onnxruntime's MinMax and Entropy calibrators
@@ -13,6 +14,9 @@ over those of the model's matrix products, which is the part of the ratio that n
 The models `vit_s` (ViT-S/16 on images of 224 x 224) and `bert_base` (128 tokens) have the shapes of the real ones and
 random weights: neither time nor memory depends on their values, but `--rows auto` does. On a machine with other load
 give OPENBLAS_NUM_THREADS=1: threads of OpenBLAS wait for each other by spinning, which costs more than they gain there.
+
+On a GPU all passes run there. Memory is that of the host, and seconds hold the start of the device, which is some of
+them: give enough samples.
 """
 
 from __future__ import annotations
@@ -133,7 +137,7 @@ MODELS = {
 }
 
 
-def run(name: str, model: Path, calib: Path, mask: str | None) -> dict[str, float]:
+def run(name: str, model: Path, calib: Path, mask: str | None, provider: str) -> dict[str, float]:
     """One pass in this process: its seconds, its processor seconds and its peak in bytes."""
     import onnxruntime.quantization.calibrate as calibrators
 
@@ -141,18 +145,20 @@ def run(name: str, model: Path, calib: Path, mask: str | None) -> dict[str, floa
     from onnxlr.calibrate import accumulate
     from onnxlr.case import as_model
     from onnxlr.data import batches, open_data
-    from onnxlr.session import Session
+    from onnxlr.nvidia import with_options
+    from onnxlr.session import PROVIDERS, Session
     from onnxlr.sites import take_inventory
 
     loaded = as_model(model)
-    inputs = Session(loaded, optimize=False).inputs
+    inputs = Session(loaded, provider=provider, optimize=False).inputs
     samples = list(open_data(calib, inputs))
-    config = onnxlr.Config(objective="output", mask=mask, batch=BATCH, rows="auto" if name == "rows auto" else "all")
+    rows = "auto" if name == "rows auto" else "all"
+    config = onnxlr.Config(objective="output", mask=mask, batch=BATCH, rows=rows, provider=provider)
     inventory = take_inventory(loaded)
     result = {}
     start, spent = time.perf_counter(), time.process_time()
     if name == "inference":
-        session = Session(loaded)
+        session = Session(loaded, provider=provider)
         for feed in batches(samples, BATCH, inputs):
             session.run(feed)
     elif name in OWN:
@@ -170,7 +176,13 @@ def run(name: str, model: Path, calib: Path, mask: str | None) -> dict[str, floa
         method = {"MinMax": calibrators.CalibrationMethod.MinMax, "Entropy": calibrators.CalibrationMethod.Entropy}
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "augmented.onnx")
-            calibrator = calibrators.create_calibrator(model, augmented_model_path=path, calibrate_method=method[name])
+            calibrator = calibrators.create_calibrator(
+                model,
+                augmented_model_path=path,
+                calibrate_method=method[name],
+                providers=with_options(PROVIDERS.get(provider, provider)),
+            )
+            assert PROVIDERS.get(provider, provider) in calibrator.infer_session.get_providers()
             calibrator.collect_data(Reader())
             calibrator.compute_data()
     result |= {"seconds": time.perf_counter() - start, "processor": time.process_time() - spent}
@@ -202,6 +214,7 @@ def measure(model: Path, calib: Path, arguments: argparse.Namespace) -> None:
     for _ in range(arguments.rounds):
         for name in found:
             command = [sys.executable, __file__, "--run", name, "--models", str(model), "--calib", str(calib)]
+            command += ["--provider", arguments.provider]
             command += ["--mask", arguments.mask] if arguments.mask else []
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             found[name].append(json.loads(done.stdout.splitlines()[-1]))
@@ -233,11 +246,14 @@ def main() -> None:
     parser.add_argument("--mask")
     parser.add_argument("--samples", type=int, default=32, help="of the models with random weights")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--provider", default="cpu")
     parser.add_argument("--passes", default=",".join(PASSES), type=lambda text: text.split(","))
     parser.add_argument("--run", choices=PASSES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run:
-        print(json.dumps(run(arguments.run, Path(arguments.models), arguments.calib, arguments.mask)))
+        print(
+            json.dumps(run(arguments.run, Path(arguments.models), arguments.calib, arguments.mask, arguments.provider))
+        )
         return
     for name in arguments.models.split(","):
         with tempfile.TemporaryDirectory() as folder:
