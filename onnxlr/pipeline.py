@@ -25,12 +25,12 @@ from onnxlr.clock import Clock
 from onnxlr.config import Config
 from onnxlr.errors import ConfigError, ModelError, OutputError
 from onnxlr.files import require_writable
+from onnxlr.fusion import fused_operators
 from onnxlr.gathered import as_gathered, gather, require_same_division, require_same_model, resolve
 from onnxlr.model_io import load, save
 from onnxlr.parts import parts_of
 from onnxlr.report import Quantized
 from onnxlr.search import bench_feed, finish, meet_target
-from onnxlr.session import fused_operators
 from onnxlr.summary import summarize
 from onnxlr.task_metrics import load_metric
 from onnxlr.work import working

@@ -17,8 +17,8 @@ from onnxlr import Config, Target
 from onnxlr.config import FORMS, Form
 from onnxlr.data import TensorSpec, open_data
 from onnxlr.errors import ConfigError, DataError, GateError, StatsError
+from onnxlr.fusion import fused_operators
 from onnxlr.model_io import from_proto
-from onnxlr.session import fused_operators
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

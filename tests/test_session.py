@@ -13,9 +13,10 @@ import pytest
 from models import parsed, random
 
 from onnxlr.errors import InstallError, ModelError
+from onnxlr.fusion import fused_operators
 from onnxlr.model_io import Model, from_proto, load, save
 from onnxlr.nvidia import CUDA, TENSORRT, TF32, not_started, with_options
-from onnxlr.session import PROVIDERS, Session, fused_operators, import_onnxruntime
+from onnxlr.session import PROVIDERS, Session, import_onnxruntime
 
 if TYPE_CHECKING:
     from pathlib import Path

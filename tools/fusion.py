@@ -41,8 +41,9 @@ import onnx_graphsurgeon as gs
 from onnx import numpy_helper
 
 from onnxlr.bench import compare_latency
+from onnxlr.fusion import fused_operators
 from onnxlr.model_io import Model, from_proto, load, save
-from onnxlr.session import Session, fused_operators
+from onnxlr.session import Session
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH, TOKENS = 8, 64
