@@ -258,12 +258,14 @@ def _keep(config: Config, work: Work) -> Keep:
 def _probed(case: Case, trial: Trial) -> Observed:
     """What importances are measured on: few samples where each gives many rows out, or where more would take long."""
     few = max(FEW_SAMPLES, fixed_batch(case.inputs) or 1)
-    observed = trial.observe(spread(case.calibration, few))
+    observed = trial.observe(spread(case.calibration, few), inside=True)
     tokens = sum(max(prod(array.shape[:2]) * (array.ndim == 3) for array in out.values()) for _, out, _ in observed)
     # the model runs once for every weight: over as many samples in all as calibration ran on
     affordable = sum(1 for _ in case.calibration.read()) // max(1, len(case.weights))
     many = min(IMPORTANCE_SAMPLES, affordable)
-    return observed if tokens >= IMPORTANCE_ROWS or many <= few else trial.observe(spread(case.calibration, many))
+    if tokens >= IMPORTANCE_ROWS or many <= few:
+        return observed
+    return trial.observe(spread(case.calibration, many), inside=True)
 
 
 def _costs(case: Case, config: Config) -> Costs:

@@ -90,7 +90,8 @@ class Trial:
         # bfloat16 may run as float32, and then is no tensor that the model takes
         most = 0 if "bfloat16" in half_types(inventory.model) else min(ENTRANCES, len(weights) // WEIGHTS_EACH)
         self._entrances = Entrances(inventory.model.proto.graph, most)
-        self._inside: tuple[Observed, list[Outputs]] | None = None
+        self._entered: Observed | None = None
+        self._inside: list[Outputs] = []
         self._outputs_of = {weight.name: [site.output for site in weight.sites] for weight in weights}
         self._dense = {name: _named(layouts) for name, layouts in pairs.items()}
 
@@ -145,8 +146,14 @@ class Trial:
         chosen = [tensor for tensor in outputs if tensor.name]
         graph.nodes.append(gs.Node("If", f"{site.output}/choice", branches, [condition], chosen))
 
-    def observe(self, samples: Iterable[Sample], labels: NDArray[Any] | None = None) -> Observed:
-        """Run the dense model on `samples`, to compare plans with; `labels`, one a sample, are for `metric`."""
+    def observe(
+        self, samples: Iterable[Sample], labels: NDArray[Any] | None = None, *, inside: bool = False
+    ) -> Observed:
+        """Run the dense model on `samples`, to compare plans with; `labels`, one a sample, are for `metric`.
+
+        With `inside` what it computes at some places is kept too, of these samples alone: later runs over them begin
+        there.
+        """
         observed = []
         first = 0
         for feed in batches(samples, self._batch, self._inputs):
@@ -154,6 +161,8 @@ class Trial:
             own = None if labels is None else labels[first : first + rows]
             observed.append((feed, self._session.run({**feed, **self._given({})}), own))
             first += rows
+        if inside and self._entrances.tensors:
+            self._entered, self._inside = observed, self._made_inside(observed)
         return observed
 
     def _given(self, factors: Mapping[str, Factors]) -> dict[str, NDArray[Any]]:
@@ -171,14 +180,14 @@ class Trial:
 
     def _outputs(self, factors: Mapping[str, Factors], observed: Observed) -> Iterator[Outputs]:
         arrays = self._given(factors)
-        entrance = self._entrances.before(output for name in factors for output in self._outputs_of[name])
+        cut = (output for name in factors for output in self._outputs_of[name])
+        entrance = self._entrances.before(cut) if observed is self._entered else None
         if entrance is None:
             for feed, _, _ in observed:
                 yield self._session.run({**feed, **arrays})
             return
-        inside = self._made_inside(observed)
         outputs = [value.name for value in self._free.proto.graph.output]
-        values = [made[entrance] for made in inside]
+        values = [made[entrance] for made in self._inside]
         session = self._opened(entrance, lambda: part(self._free, outputs, entrance, values))
         wanted = {spec.name for spec in session.inputs}
         for (feed, _, _), value in zip(observed, values, strict=True):
@@ -187,14 +196,11 @@ class Trial:
 
     def _made_inside(self, observed: Observed) -> list[Outputs]:
         """What the dense model makes of the entrances, by batch."""
-        if self._inside is None or self._inside[0] is not observed:
-            self._open = None
-            model = part(self._inventory.model, self._entrances.tensors)
-            session = Session(model, provider=self._provider, threads=self._threads)
-            wanted = {spec.name for spec in session.inputs}
-            made: list[Outputs] = [session.run({name: feed[name] for name in wanted}) for feed, _, _ in observed]
-            self._inside = observed, made
-        return self._inside[1]
+        self._open = None
+        model = part(self._inventory.model, self._entrances.tensors)
+        session = Session(model, provider=self._provider, threads=self._threads)
+        wanted = {spec.name for spec in session.inputs}
+        return [session.run({name: feed[name] for name in wanted}) for feed, _, _ in observed]
 
     def error(self, factors: Mapping[str, Factors], observed: Observed) -> float:
         """The relative error of the outputs with the weights in `factors` cut and all others dense.

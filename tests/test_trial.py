@@ -215,7 +215,7 @@ def test_a_run_that_begins_inside_tells_the_same_error() -> None:
     assert len(inventory.weights) == 32
     trial = Trial(inventory, inventory.weights, Session(model).inputs, CONFIG, corrected=True)
     samples = [{"x0": X[i : i + 1], "z": np.abs(X[i : i + 1, :1])} for i in range(len(X))]
-    observed = trial.observe(samples)
+    observed = trial.observe(samples, inside=True)
     feed = {"x0": X, "z": np.abs(X[:, :1])}
     begun = []
     for weight in inventory.weights:
