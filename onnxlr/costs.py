@@ -1,25 +1,29 @@
 """What a form of a weight costs, in the unit of a budget.
 
 Every form is a list of matrix products `[rows, d] x [d, e]`, so one rule prices them all: parameters are the elements
-of the matrices, multiply-accumulates those times the rows of one sample, and latency the sum of their times.
+of the matrices, multiply-accumulates those times the rows of one sample, and latency the sum of their times. A product
+that runs as a convolution is timed as such: `d` are its channels times the size of its kernel.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from math import ceil, prod
 from typing import TYPE_CHECKING, Protocol
 
+from onnxlr.forms import block_products, pair_products, separable_products
 from onnxlr.rewrite import copies, new_biases
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from onnxlr.forms import Products
     from onnxlr.latency import Timings
     from onnxlr.sites import Inventory, Weight
+    from onnxlr.sites.convolution import Convolution
 
 SIZES = 64
-"""Steps of the sizes that are timed beforehand; what lies between is interpolated, or timed when it is asked for."""
+"""Steps of the sizes of products that are timed beforehand; between, time is interpolated, or taken when asked for."""
 
 
 def timed_dtype(weights: Iterable[Weight]) -> str:
@@ -80,35 +84,60 @@ class Macs:
 
 
 class Latency:
-    """Microseconds of one run, from products timed on this machine (`onnxlr.latency`).
+    """Microseconds of one run, from products and convolutions timed on this machine (`onnxlr.latency`).
 
     Parameters
     ----------
     inventory
         The model. Weights whose rows are unknown cost nothing, in whatever form: they stay dense.
     timings
-        Times of products; a convolution counts as the product that it is.
+        Times of products and convolutions.
     batch
         Samples in a run.
     whole
         Microseconds of the dense model.
+    rank_multiple
+        Ranks are multiples of it.
     """
 
     flag = "--max-latency"
 
-    def __init__(self, inventory: Inventory, timings: Timings, batch: int, whole: float) -> None:
-        self._timings, self._batch, self.whole = timings, batch, whole
+    def __init__(
+        self, inventory: Inventory, timings: Timings, batch: int, whole: float, rank_multiple: int = 16
+    ) -> None:
+        self._timings, self._batch, self.whole, self._multiple = timings, batch, whole, rank_multiple
         # all together: what else the machine does then meets all of them alike
         timings.measure(
-            (rows, d, e)
+            timed
             for weight in inventory.weights
-            for rows in dict.fromkeys(self._rows(weight))
-            if rows
-            # a first product that costs nothing is never asked for, and the second reads no more than the rank
-            for d_in in (weight.d_in if weight.rows[0] else min(weight.d_in, weight.d_out),)
-            for d in {*range(SIZES, d_in, SIZES), d_in}
-            for e in {*range(SIZES, weight.d_out, SIZES), weight.d_out}
+            for timed in (self._convolutions(weight) if weight.convolutions else self._products(weight))
         )
+
+    def _products(self, weight: Weight) -> Iterator[tuple[int, int, int]]:
+        """What forms of a weight may need the times of."""
+        # a first product that costs nothing is never asked for, and the second reads no more than the rank
+        d_in = weight.d_in if weight.rows[0] else min(weight.d_in, weight.d_out)
+        for rows in filter(None, dict.fromkeys(self._rows(weight))):
+            for d in {*range(SIZES, d_in, SIZES), d_in}:
+                yield from ((rows, d, e) for e in {*range(SIZES, weight.d_out, SIZES), weight.d_out})
+
+    def _convolutions(self, weight: Weight) -> Iterator[tuple[Convolution, int, int]]:
+        """What forms of a weight that runs as convolutions may need the times of."""
+        d_in, d_out, taps = weight.d_in, weight.d_out, weight.taps
+        yield from self._as_convolutions(weight, ((d_in, d_out),))
+        for rank in range(self._multiple, min(d_in, d_out), self._multiple):
+            yield from self._as_convolutions(weight, pair_products(d_in, d_out, rank))
+            for side in sorted(weight.block_sides):
+                yield from self._as_convolutions(weight, block_products(d_in, d_out, rank, side))
+        even = d_in * d_out / (d_in // taps + taps * d_out)  # the rank of a split that is no smaller
+        for rank in range(self._multiple, ceil(even) if taps > 1 else 0, self._multiple):
+            yield from self._as_convolutions(weight.in_strips, separable_products(d_in, d_out, rank, taps))
+
+    def _as_convolutions(self, weight: Weight, products: Products) -> Iterator[tuple[Convolution, int, int]]:
+        """The convolutions of all sites that `products` are run as, and between how many channels of each group."""
+        for operators in weight.convolutions:
+            for one, (d, e) in zip(operators, products, strict=False):  # a dense weight is the first alone
+                yield one.times(self._batch), d // prod(one.kernel), e
 
     def _rows(self, weight: Weight) -> tuple[int, int]:
         first, second = weight.rows
@@ -121,6 +150,10 @@ class Latency:
         rows = self._rows(weight)
         if not any(rows):
             return 0.0
-        counts = rows if len(products) == len(rows) else rows[:1] * len(products)
-        time = sum(self._timings.product(n, d, e) for n, (d, e) in zip(counts, products, strict=True) if n)
-        return weight.groups * time + (self._timings.moved(rows[0], moved) if moved else 0.0)
+        if weight.convolutions:
+            time = sum(self._timings.product(*timed) for timed in self._as_convolutions(weight, products))
+        else:
+            counts = rows if len(products) == len(rows) else rows[:1] * len(products)
+            each = sum(self._timings.product(n, d, e) for n, (d, e) in zip(counts, products, strict=True) if n)
+            time = weight.groups * each
+        return time + (self._timings.moved(rows[0], moved) if moved else 0.0)

@@ -1,4 +1,4 @@
-"""What a linear layer costs in time: matrix products, measured and interpolated.
+"""What a linear layer costs in time: matrix products and convolutions, measured and interpolated.
 
 A plan weighs thousands of ways to write a layer, each a few products `[rows, d_in] x [d_in, d_out]` with constant
 weights. To time them all would take longer than the compression. At fixed rows, the time of a product is close to
@@ -9,6 +9,10 @@ weights. To time them all would take longer than the compression. At fixed rows,
 products are timed where both sizes are a power of two or one and a half times that (64, 96, 128, 192, 256, 384, ...,
 where most models have their widths), and the rest is interpolated in both sizes, which is exact for the formula above.
 On the CPU, kernels compute 16 columns at a time: `d_out` counts as the next multiple of 16.
+
+A convolution (`onnxlr.sites.convolution`) is timed as such, on what it reads in the model; sizes are its channels. Its
+time rises in steps with those that it makes: with AVX2, one of 3 x 3 to 8, 16 and 24 channels takes 0.67, 0.75 and 1.0
+of the time of 32, and to 40 as long as to 48, 1.8. So there the grid has all multiples of 8 up to 128.
 
 Three things would make such times wrong:
 
@@ -24,13 +28,13 @@ Three things would make such times wrong:
 Times of an earlier process (`onnxlr.timing_cache`) are believed only where some of them, measured again, are still in
 proportion, and are then scaled to the machine's pace of now.
 
-Weights, and the data of Concats, are seldom in the nearest cache when they are read, as in a whole model; where the
-results go is. In a whole model, moving data therefore takes up to twice as long as here.
+Weights of products, and the data of Concats, are seldom in the nearest cache when they are read, as in a whole model;
+where the results go is. In a whole model, moving data therefore takes up to twice as long as here.
 """
 
 from __future__ import annotations
 
-import time
+from dataclasses import replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -40,15 +44,18 @@ from onnx import TensorProto, helper
 from onnxlr.bench import clock_of
 from onnxlr.errors import ConfigError
 from onnxlr.session import PROVIDERS, Session
-from onnxlr.timed_graph import Leaf, groups, tree
+from onnxlr.sites.convolution import Convolution
+from onnxlr.timed_graph import concat, convolve, groups, matmul, tree
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from onnxlr.data import Feed
-    from onnxlr.timed_graph import Sizes
+    from onnxlr.model_io import Model
+    from onnxlr.timed_graph import Leaf, Sizes
 
     Table = dict[Sizes, float]
+    Over = int | Convolution
 
 DTYPES = {
     "float16": TensorProto.FLOAT16,
@@ -57,12 +64,16 @@ DTYPES = {
     "float64": TensorProto.DOUBLE,
 }
 SMALLEST, LARGEST = 8, 4096
-"""Smaller sizes count as the first; larger ones are timed at the second and scaled: there time follows the work."""
+"""Smaller sizes count as the first, but as 1 for channels; larger ones are timed at the second and scaled: there time
+follows the work. Convolutions of more positions are timed on fewer samples."""
 KERNEL_COLUMNS = 16
 """Columns that a CPU kernel computes at once."""
+BLOCK, STEPS = 8, 128
+"""Channels that a CPU kernel computes at once at the least, and up to how many all multiples are on the grid."""
 WARMUP, MIN_ROUNDS, MAX_ROUNDS = 2, 5, 30
-SECONDS = 0.05
-"""For each point: no round begins later than all of them together after the first, once `MIN_ROUNDS` are done."""
+SECONDS, WHOLE_SECONDS = 0.05, 2.0
+"""For each point, and a whole model, by the clock that times them: no round begins later than all of them together
+after the first, once `MIN_ROUNDS` are done."""
 QUANTILE = 0.1
 CHECKED, TRUSTED = 12, 0.15
 """How many times of an earlier process are measured again, and by what share three of four must be in proportion."""
@@ -71,7 +82,7 @@ _REFERENCE = (256, (256, 256))  # rows and sizes of the product that tells the m
 
 
 class Timings:
-    """Times of matrix products and of data movement, measured on first use and kept.
+    """Times of matrix products, convolutions and data movement, measured on first use and kept.
 
     The times of one object are consistent: asked again they are the same, and none falls as a layer grows wider.
 
@@ -95,17 +106,19 @@ class Timings:
         self._provider, self._threads, self._dtype = provider, threads, dtype
         self._columns = KERNEL_COLUMNS if PROVIDERS.get(provider.lower(), provider) == PROVIDERS["cpu"] else 1
         self._clock = clock_of(provider, threads)
-        self._pace: float | None = None  # microseconds of the reference when the first times were taken
-        self._products: dict[int, Table] = {}
-        self._moves: dict[int, Table] = {}
+        self._pace: dict[int, float] = {}  # of the reference when the first times were taken, by the runs of a leaf
+        self._products: dict[Over, Table] = {}
+        self._moves: dict[Over, Table] = {}
 
-    def product(self, rows: int, d_in: int, d_out: int) -> float:
-        """Microseconds of a MatMul of data [rows, d_in] with a constant [d_in, d_out].
+    def product(self, over: Over, d_in: int, d_out: int) -> float:
+        """Microseconds of a MatMul of data [rows, d_in] with a constant [d_in, d_out], or of a convolution.
 
         Parameters
         ----------
-        rows, d_in, d_out : int
-            At least 1; `rows` is the product of all axes of the data but the last.
+        over : int or Convolution
+            The rows, at least 1: the product of all axes of the data but the last. Or the convolution.
+        d_in, d_out : int
+            The shape of the constant; of a convolution, the channels that each of its groups reads and makes.
 
         Raises
         ------
@@ -114,8 +127,8 @@ class Timings:
         InstallError, ModelError
             As `Session`.
         """
-        self.measure([(rows, d_in, d_out)])
-        return _interpolated(self._products, rows, d_in, self._padded(d_out))
+        self.measure([(over, d_in, d_out)])
+        return _interpolated(self._products, over, d_in, self._padded(over, d_out))
 
     def moved(self, rows: int, features: int) -> float:
         """Microseconds of a Concat of two halves to [rows, features].
@@ -123,10 +136,23 @@ class Timings:
         A Split of [rows, features] moves as much. Raises as `product` does.
         """
         _require_sizes(rows, features)
-        self._fill(self._moves, [(rows, SMALLEST, features)], Leaf.concat)
+        self._fill(self._moves, [(rows, SMALLEST, features)], concat)
         return _interpolated(self._moves, rows, SMALLEST, features)
 
-    def measure(self, products: Iterable[tuple[int, int, int]]) -> None:
+    def whole(self, model: Model, feed: Feed) -> float:
+        """Microseconds of one run of a model on `feed`, at the machine's pace when the first products were timed.
+
+        Raises
+        ------
+        InstallError, ModelError
+            As `Session`.
+        """
+        session = Session(model, provider=self._provider, threads=self._threads)
+        warm = self._references()[1:]
+        pace, microseconds = self._time(warm, (session, feed))
+        return microseconds * self._scale(warm, [pace])[warm[0].runs]
+
+    def measure(self, products: Iterable[tuple[Over, int, int]]) -> None:
         """Time all that the given products need, in turn.
 
         Without it `product` times what is missing when it is asked, a few points at a time. The times of points that
@@ -134,23 +160,23 @@ class Timings:
 
         Parameters
         ----------
-        products : iterable of (rows, d_in, d_out)
+        products : iterable of (over, d_in, d_out)
             What `product` will be asked for.
 
         Raises as `product` does.
         """
         wanted = []
-        for rows, d_in, d_out in products:
-            _require_sizes(rows, d_in, d_out)
-            wanted.append((rows, d_in, self._padded(d_out)))
-        self._fill(self._products, wanted, self._matmul)
+        for over, d_in, d_out in products:
+            _require_sizes(*([over] if isinstance(over, int) else ()), d_in, d_out)
+            wanted.append((over, d_in, self._padded(over, d_out)))
+        self._fill(self._products, wanted, self._product)
 
     def to_dict(self) -> dict[str, Any]:
         """All that was measured, in microseconds, for `recall` in another process; plain JSON types."""
         return {
-            "reference": self._pace,
+            "reference": {str(runs): one for runs, one in self._pace.items()},
             **{
-                name: [[rows, *sizes, one] for rows, table in tables.items() for sizes, one in table.items()]
+                name: [[_plain(over), *sizes, one] for over, table in tables.items() for sizes, one in table.items()]
                 for name, tables in (("products", self._products), ("moves", self._moves))
             },
         }
@@ -158,8 +184,8 @@ class Timings:
     def recall(self, document: Mapping[str, Any]) -> bool:
         """Take over the times of an earlier process, if they are still in proportion to each other.
 
-        Up to `CHECKED` products among the longer half, which noise blurs least, and the reference are measured again.
-        The median of new over old is how the machine's pace has changed, and all times are scaled by it.
+        Up to `CHECKED` products and convolutions among the longer half, which noise blurs least, and the reference are
+        measured again. The median of new over old is how the machine's pace has changed: all times are scaled by it.
 
         Parameters
         ----------
@@ -177,88 +203,133 @@ class Timings:
         KeyError, TypeError, ValueError
             The document is not what `to_dict` gives.
         """
-        entries = sorted((float(one), int(rows), (int(a), int(b))) for rows, a, b, one in document["products"])
-        moves = [(float(one), int(rows), (int(a), int(b))) for rows, a, b, one in document["moves"]]
+        entries, moves = (
+            [(float(one), _over(plain), (int(a), int(b))) for plain, a, b, one in document[name]]
+            for name in ("products", "moves")
+        )
+        entries.sort(key=lambda entry: entry[0])
         if not entries:
             return False
         long = entries[len(entries) // 2 :]
         some = [long[i] for i in sorted({round(i) for i in np.linspace(0, len(long) - 1, CHECKED)})]
-        pace, *now = self._time([self._matmul(*_REFERENCE), *(self._matmul(rows, sizes) for _, rows, sizes in some)])
-        before = [float(document["reference"]), *(one for one, _, _ in some)]
-        ratios = np.asarray([pace, *now]) / before
+        references = self._references()
+        pace = {one.runs: float(document["reference"][str(one.runs)]) for one in references}
+        now = self._time([*references, *(self._product(over, sizes) for _, over, sizes in some)])
+        ratios = np.asarray(now) / [*pace.values(), *(one for one, _, _ in some)]
         change = float(np.median(ratios))
         if not (change > 0 and np.quantile(np.abs(ratios / change - 1), 0.75) <= TRUSTED):
             return False
-        self._pace = change * before[0]
+        self._pace = {runs: change * one for runs, one in pace.items()}
         for tables, measured in ((self._products, entries), (self._moves, moves)):
-            for one, rows, sizes in measured:
-                tables.setdefault(rows, {})[sizes] = round(1024 * change * one) / 1024
+            for one, over, sizes in measured:
+                tables.setdefault(over, {})[sizes] = round(1024 * change * one) / 1024
         return True
 
-    def _matmul(self, rows: int, sizes: Sizes) -> Leaf:
-        return Leaf.matmul(rows, sizes, helper.tensor_dtype_to_np_dtype(DTYPES[self._dtype]).itemsize)
+    def _product(self, over: Over, sizes: Sizes) -> Leaf:
+        itemsize = helper.tensor_dtype_to_np_dtype(DTYPES[self._dtype]).itemsize
+        return matmul(over, sizes, itemsize) if isinstance(over, int) else convolve(over, sizes, itemsize)
 
-    def _padded(self, d_out: int) -> int:
-        return -(-d_out // self._columns) * self._columns
+    def _padded(self, over: Over, d_out: int) -> int:
+        return -(-d_out // self._columns) * self._columns if isinstance(over, int) else d_out
 
     def _fill(
         self,
-        tables: dict[int, Table],
-        wanted: Iterable[tuple[int, int, int]],
-        leaf: Callable[[int, Sizes], Leaf],
+        tables: dict[Over, Table],
+        wanted: Iterable[tuple[Over, int, int]],
+        leaf: Callable[[Any, Sizes], Leaf],
     ) -> None:
-        missing: set[tuple[int, Sizes]] = set()
-        for full, a, b in wanted:
-            rows = min(full, LARGEST)
-            table = tables.setdefault(rows, {})
-            points = product((size for size, _ in _neighbours(a)), (size for size, _ in _neighbours(b)))
-            missing.update((rows, sizes) for sizes in points if sizes not in table)
+        missing: dict[tuple[Over, Sizes], None] = {}
+        for whole, a, b in wanted:
+            over, _ = _fewer(whole)
+            table = tables.setdefault(over, {})
+            missing.update(((over, sizes), None) for sizes in _points(over, a, b) if sizes not in table)
         # from large to small: where two times contradict each other the longer run is the one to trust
-        ordered = sorted(missing, key=lambda key: (key[0] * key[1][0] * key[1][1], key), reverse=True)
-        for group in groups([leaf(rows, sizes) for rows, sizes in ordered]):
-            pace, *times = self._time([self._matmul(*_REFERENCE), *group])
-            self._pace = self._pace or pace
-            for one, microseconds in zip(group, times, strict=True):
-                _insert(tables[one.rows], one.sizes, microseconds * self._pace / pace)
+        leaves = sorted((leaf(over, sizes) for over, sizes in missing), key=lambda leaf: leaf.work, reverse=True)
+        for group in groups(leaves):
+            references = self._references()
+            times = self._time([*references, *group])
+            scale = self._scale(references, times[: len(references)])
+            for one, microseconds in zip(group, times[len(references) :], strict=True):
+                _insert(tables[one.over], one.sizes, microseconds * scale[one.runs])
 
-    def _time(self, leaves: Sequence[Leaf]) -> list[float]:
-        """Microseconds of one copy of each leaf's operator."""
+    def _references(self) -> list[Leaf]:
+        """The reference as leaves of both kinds: what others leave in the caches enters a single run alone."""
+        return [replace(self._product(*_REFERENCE), runs=runs) for runs in (1, 2)]
+
+    def _scale(self, references: Sequence[Leaf], pace: Sequence[float]) -> dict[int, float]:
+        """What makes times of now those of the pace of the first ones, by how often a leaf is run."""
+        return {one.runs: self._pace.setdefault(one.runs, now) / now for one, now in zip(references, pace, strict=True)}
+
+    def _time(self, leaves: Sequence[Leaf], *wholes: tuple[Session, Feed]) -> list[float]:
+        """Microseconds of one copy of each leaf's operator, and of one run of each whole model."""
         model, feed = tree(leaves, DTYPES[self._dtype])
         session = Session(model, provider=self._provider, threads=self._threads)
-        feeds = [{**feed, "which": np.asarray(i, np.int64)} for i in range(2 * len(leaves))]
+        timed = [
+            *(
+                (session, {**feed, "which": np.asarray(i, np.int64)}, leaves[i // 2].runs)
+                for i in range(2 * len(leaves))
+            ),
+            *((whole, fed, 1) for whole, fed in wholes),
+        ]
 
-        def seconds(which: Feed) -> float:
+        def seconds(session: Session, feed: Feed) -> float:
             start = self._clock()
-            session.run(which)
+            session.run(feed)
             return self._clock() - start
 
         rounds: list[list[float]] = []
-        deadline = time.perf_counter() + SECONDS * len(leaves)
-        while len(rounds) < WARMUP + MIN_ROUNDS or (
-            len(rounds) < WARMUP + MAX_ROUNDS and time.perf_counter() < deadline
-        ):
-            rounds.append([seconds(which) for which in feeds])
+        deadline = self._clock() + SECONDS * len(leaves) + WHOLE_SECONDS * len(wholes)
+        while len(rounds) < WARMUP + MIN_ROUNDS or (len(rounds) < WARMUP + MAX_ROUNDS and self._clock() < deadline):
+            rounds.append([min(seconds(session, fed) for _ in range(runs)) for session, fed, runs in timed])
         least = 1e6 * np.quantile(rounds[WARMUP:], QUANTILE, axis=0)
+        of_leaves, of_wholes = least[: 2 * len(leaves)], least[2 * len(leaves) :]
         copies = np.asarray([leaf.copies for leaf in leaves])
-        return [float(one) for one in (least[::2] - least[1::2]) / copies]
+        return [float(one) for one in (*((of_leaves[::2] - of_leaves[1::2]) / copies), *of_wholes)]
 
 
-def _neighbours(size: int) -> list[tuple[int, float]]:
-    """The sizes on the grid between which `size` lies, with their shares in it; one alone where it is on the grid."""
-    size = min(max(size, SMALLEST), LARGEST)
+def _fewer(over: Over) -> tuple[Over, float]:
+    """What is timed in the place of `over`, and how many times that it is."""
+    if isinstance(over, int):
+        rows = min(over, LARGEST)
+        return rows, over / rows
+    samples = min(over.samples, max(1, LARGEST * over.samples // over.positions))
+    return replace(over, samples=samples), over.samples / samples
+
+
+def _plain(over: Over) -> int | dict[str, Any]:
+    return over if isinstance(over, int) else over.to_dict()
+
+
+def _over(plain: Any) -> Over:
+    return Convolution.from_dict(plain) if isinstance(plain, dict) else int(plain)
+
+
+def _points(over: Over, a: int, b: int) -> dict[Sizes, float]:
+    """The points of the grid between which the sizes lie, with their shares in it."""
+    if isinstance(over, int):
+        ends = _between(max(a, SMALLEST)), _between(max(b, SMALLEST))
+    else:
+        ends = _between(a), _between(b, steps=True)
+    return {(i, j): p * q for (i, p), (j, q) in product(*(each.items() for each in ends))}
+
+
+def _between(size: int, *, steps: bool = False) -> dict[int, float]:
+    """The sizes on the grid next to `size`, with their shares in it; one alone where it is on the grid."""
+    size = min(size, LARGEST)
     low = 1 << (size.bit_length() - 1)
     low, high = (low, low + low // 2) if size < low + low // 2 else (low + low // 2, 2 * low)
+    if steps and BLOCK <= size <= STEPS:
+        low, high = size // BLOCK * BLOCK, size // BLOCK * BLOCK + BLOCK
     if size == low:
-        return [(low, 1.0)]
+        return {low: 1.0}
     share = (size - low) / (high - low)
-    return [(low, 1 - share), (high, share)]
+    return {low: 1 - share, high: share}
 
 
-def _interpolated(tables: dict[int, Table], rows: int, a: int, b: int) -> float:
-    table = tables[min(rows, LARGEST)]
-    inside = sum(table[i, j] * p * q for (i, p), (j, q) in product(_neighbours(a), _neighbours(b)))
-    beyond = max(1, rows / LARGEST) * max(1, a / LARGEST) * max(1, b / LARGEST)
-    return inside * beyond
+def _interpolated(tables: dict[Over, Table], whole: Over, a: int, b: int) -> float:
+    over, beyond = _fewer(whole)
+    inside = sum(tables[over][sizes] * share for sizes, share in _points(over, a, b).items())
+    return inside * beyond * max(1, a / LARGEST) * max(1, b / LARGEST)
 
 
 def _insert(table: Table, sizes: Sizes, microseconds: float) -> None:

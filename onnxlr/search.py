@@ -274,11 +274,10 @@ def _costs(case: Case, config: Config) -> Costs:
     if config.target.kind != "max_latency":
         return Parameters(case.inventory)
     feed = bench_feed(case, config)
-    (dense,) = compare_latency([case.model], feed, provider=config.provider, threads=config.threads)
     timings, _ = recalled(provider=config.provider, threads=config.threads, dtype=timed_dtype(case.weights))
-    # a batch that is fixed is what rows were counted for; and other load only ever adds
+    # a batch that is fixed is what rows were counted for
     times = 1 if fixed_batch(case.inputs) else sample_count(feed, case.inputs)
-    return Latency(case.inventory, timings, times, 1e3 * dense.p10_ms)
+    return Latency(case.inventory, timings, times, timings.whole(case.model, feed), config.rank_multiple)
 
 
 def bench_feed(case: Case, config: Config) -> Feed:

@@ -1,4 +1,4 @@
-"""How fast models are on this machine: whole ones in turn, and one model's layers as products, dense and as pairs."""
+"""How fast models are on this machine: whole ones in turn, and one model's layers alone, dense and as pairs."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ class LayerTimes:
     weights
         How many weights of the model are so.
     dense_us
-        As one product.
+        As it is.
     break_even, break_even_by_time
         The rank from which on a pair is no smaller, and the largest multiple that is faster; 0 where none is.
     half_rank, half_us
@@ -167,7 +167,7 @@ class LayerTimes:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """A model's layers, timed as products.
+    """A model's layers, timed as products and convolutions.
 
     `model_us` is the time of a whole run, `recalled` whether times of an earlier profile still held, `cache` where they
     are kept, `refused` how many weights have rows that are unknown.
@@ -226,8 +226,7 @@ def profile(
     settings: dict[str, Any] = {"provider": provider, "threads": threads}
     dtype = timed_dtype(inventory.weights)
     timings, held = recalled(**settings, dtype=dtype)
-    (whole,) = compare_latency([loaded], many, **settings)
-    prices = Prices(inventory, timings, size, 1e3 * whole.p10_ms)
+    prices = Prices(inventory, timings, size, timings.whole(loaded, many), rank_multiple)
     layers = tuple(_layers(inventory, prices, size, rank_multiple))
     path: Path = remember(timings, **settings, dtype=dtype)
     return Profile(
@@ -240,8 +239,9 @@ def _layers(inventory: Inventory, prices: Prices, batch: int, multiple: int) -> 
     alike: dict[tuple[Any, ...], list[Weight]] = {}
     for weight in inventory.weights:
         if any(weight.rows):
-            alike.setdefault((weight.rows, weight.d_in, weight.d_out, weight.groups), []).append(weight)
-    for (rows, d_in, d_out, groups), weights in alike.items():
+            key = weight.rows, weight.d_in, weight.d_out, weight.groups, weight.convolutions
+            alike.setdefault(key, []).append(weight)
+    for (rows, d_in, d_out, groups, _), weights in alike.items():
         dense, ranks = prices.dense(weights[0]), range(multiple, min(d_in, d_out) + 1, multiple)
 
         def pair(rank: int, weight: Weight = weights[0]) -> float:

@@ -1,4 +1,4 @@
-"""Times of products kept between processes, one file for each machine, onnxruntime, provider, threads and dtype.
+"""Times of operators kept between processes, one file for each machine, onnxruntime, provider, threads and dtype.
 
 A cache under `XDG_CACHE_HOME` (`~/.cache` where that is not set), written by `onnxlr profile` and read by
 `onnxlr compress --max-latency`. It saves time and is never trusted: see `onnxlr.latency.Timings.recall`. A file that is
@@ -19,7 +19,7 @@ from onnxlr.files import replacing
 from onnxlr.latency import Timings
 from onnxlr.session import PROVIDERS, import_onnxruntime
 
-FORMAT = "onnxlr-timings/1"
+FORMAT = "onnxlr-timings/2"
 
 
 def recalled(*, provider: str = "cpu", threads: int = 0, dtype: str = "float32") -> tuple[Timings, bool]:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from onnxlr.rows import Rows
     from onnxlr.sites.bodies import Body
     from onnxlr.sites.constants import GraphView
+    from onnxlr.sites.convolution import Convolution
     from onnxlr.sites.emit import Operands, Parts
 
 BLOCKS_SINCE = 13
@@ -250,9 +251,11 @@ class Family(ABC):
         count = (macs(node, shapes) or 0) / (site.groups * site.d_in * site.d_out)
         return count, count
 
-    def strips(self, site: Site, node: gs.Node, shapes: Mapping[str, tuple[int, ...]]) -> float:
-        """How many rows of one sample the first product of a separable kernel multiplies; 0 where it is unknown."""
-        return 0.0
+    def convolutions(
+        self, site: Site, node: gs.Node, shapes: Mapping[str, tuple[int, ...]]
+    ) -> tuple[Convolution, Convolution] | None:
+        """What the two products of a pair are run as, for one sample; None where no convolutions, or it is unknown."""
+        return None
 
     def remaining(self, node: gs.Node) -> tuple[gs.Tensor, str] | None:
         """Another weight of the node, which stays as it is, and why."""

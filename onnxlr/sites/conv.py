@@ -16,13 +16,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxlr.rows import Part, Patches, Rows
 from onnxlr.sites.base import BLOCKS_SINCE, FLOATING, Bias, Product, Site
+from onnxlr.sites.convolution import Convolution, along
 from onnxlr.sites.emit import emit
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ class Conv(Product):
 
     ops = frozenset({"Conv"})
     adds_bias = True
+    multiplies: ClassVar[str] = "Conv"
+    """The operator that the first product of a pair is."""
 
     def find(self, node: gs.Node, view: GraphView) -> Site | str | None:
         weight, refusal = node.inputs[1], refused(node, view)
@@ -80,9 +83,14 @@ class Conv(Product):
         output = gs.Variable(f"{name}/spread", dtype=addend.dtype)
         return gs.Node("Unsqueeze", f"{name}/spread", inputs=[addend, axes], outputs=[output])
 
-    def strips(self, site: Site, node: gs.Node, shapes: Mapping[str, tuple[int, ...]]) -> float:
+    def convolutions(
+        self, site: Site, node: gs.Node, shapes: Mapping[str, tuple[int, ...]]
+    ) -> tuple[Convolution, Convolution] | None:
         read, written = (shapes.get(tensor.name) for tensor in (node.inputs[0], node.outputs[0]))
-        return 0.0 if site.taps == 1 or read is None or written is None else prod((written[0], written[2], read[3]))
+        if read is None or written is None:
+            return None
+        first = Convolution.of(self.multiplies, read, written, site.kernel, node.attrs)
+        return first, first.pointwise()
 
     def put(self, graph: gs.Graph, site: Site, node: gs.Node, parts: Parts) -> None:
         emit(graph, self if parts.taps == 1 else SEPARABLE, site, node, parts)
@@ -105,20 +113,6 @@ def halves(site: Site) -> tuple[Site, Site]:
     """The two convolutions that a split of the kernel makes of one, as sites that read their input."""
     height, width = site.kernel
     return replace(site, kernel=(height, 1)), replace(site, kernel=(1, width))
-
-
-def along(attributes: Mapping[str, Any], axis: int) -> dict[str, Any]:
-    """The attributes of a convolution of two axes along one of them: the kernel is 1 along the other.
-
-    With a kernel and a stride of 1 any `auto_pad` adds nothing there.
-    """
-    result = dict(attributes)
-    for name in ("kernel_shape", "strides", "dilations"):
-        if name in result:
-            result[name] = [length if own == axis else 1 for own, length in enumerate(result[name])]
-    if "pads" in result:
-        result["pads"] = [pad if own % 2 == axis else 0 for own, pad in enumerate(result["pads"])]
-    return result
 
 
 def refused(node: gs.Node, view: GraphView) -> str | None:

@@ -30,6 +30,7 @@ class ConvTranspose(Conv):
     """The operator ConvTranspose, whose bias is as that of a Conv."""
 
     ops = frozenset({"ConvTranspose"})
+    multiplies = "ConvTranspose"
 
     def find(self, node: gs.Node, view: GraphView) -> Site | str | None:
         weight, refusal = node.inputs[1], refused(node, view)

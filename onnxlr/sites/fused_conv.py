@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import onnx_graphsurgeon as gs
 
 from onnxlr.sites.base import MICROSOFT, Site
-from onnxlr.sites.conv import Conv, along, pointwise
+from onnxlr.sites.conv import Conv, pointwise
+from onnxlr.sites.convolution import along
 
 if TYPE_CHECKING:
     from onnxlr.sites.constants import GraphView

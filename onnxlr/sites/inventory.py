@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import onnx_graphsurgeon as gs
 
     from onnxlr.model_io import Model
+    from onnxlr.sites.convolution import Convolution
 
 
 def parameter_count(model: Model) -> int:
@@ -94,7 +95,7 @@ def take_inventory(model: Model, shapes: Mapping[str, tuple[int, ...]] | None = 
                 parameters=sum(prod(view.shape(view.tensors[source])) for source in sources),
                 macs=None if None in counts else round(first.groups * rows[0] * first.d_in * first.d_out),
                 rows=rows,
-                strips=sum(FAMILIES[site.op].strips(site, nodes[site.output], shapes) for site in members),
+                convolutions=_convolutions(members, nodes, shapes),
             )
         )
         refusals += [rest for site in members if (rest := _remaining(site, nodes[site.output], view, shapes))]
@@ -194,6 +195,16 @@ def _rows(
     """Rows of one sample that the first and the second product of all sites together multiply; 0 where unknown."""
     counts = [FAMILIES[site.op].rows(site, nodes[site.output], shapes) for site in members]
     return sum(first for first, _ in counts), sum(second for _, second in counts)
+
+
+def _convolutions(
+    members: list[Site], nodes: Mapping[str, gs.Node], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[tuple[Convolution, Convolution], ...]:
+    """What pairs of all sites are run as; none where one of them is no convolution, as a weight has one unit."""
+    if not all(site.kernel for site in members):
+        return ()
+    found = [FAMILIES[site.op].convolutions(site, nodes[site.output], shapes) for site in members]
+    return tuple(pair for pair in found if pair is not None)
 
 
 def _sources(members: list[Site], view: GraphView) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from onnxlr.model_io import Model
     from onnxlr.sites.base import Refusal, Site
     from onnxlr.sites.constants import GraphView
+    from onnxlr.sites.convolution import Convolution
     from onnxlr.sites.structure import Chain
 
 
@@ -30,8 +31,8 @@ class Weight:
     `sources` are the stored constants it is read from (several where an exporter copied it), `parameters` their
     elements together. `macs` are those of all its sites for one sample, None where unknown; `rows` how many rows of one
     sample the first and the second product of a pair multiply. `needs_input` is set where the moments of its input
-    matter even if its output is smaller: it ends a chain, or others read the same tensor. `strips` is how many rows of
-    one sample the first product multiplies where the kernel is split.
+    matter even if its output is smaller: it ends a chain, or others read the same tensor. `convolutions` are what the
+    two products of a pair are run as for one sample, at each site of known shapes; none where one is no convolution.
     """
 
     name: str
@@ -44,7 +45,7 @@ class Weight:
     macs: int | None
     rows: tuple[float, float] = (0, 0)
     needs_input: bool = False
-    strips: float = 0
+    convolutions: tuple[tuple[Convolution, Convolution], ...] = ()
 
     @property
     def taps(self) -> int:
@@ -55,7 +56,9 @@ class Weight:
     @property
     def in_strips(self) -> Weight:
         """The weight as a split of its kernel sees it: by its patches, and with the rows of its two products."""
-        return replace(self, needs_input=True, rows=(self.strips, self.rows[1]))
+        halves = tuple(dense.halves() for dense, _ in self.convolutions)
+        strips = sum(column.positions for column, _ in halves)
+        return replace(self, needs_input=True, rows=(strips, self.rows[1]), convolutions=halves)
 
     @property
     def shows_input(self) -> bool:
