@@ -46,8 +46,8 @@ class Target:
     keep_params, keep_macs
         The share of the whole model's parameters, or multiply-accumulates, to keep; met exactly, from below.
     max_latency
-        The share of the dense model's time for one run of `Config.batch` samples; allocated by times of matrix products
-        on this machine, then measured on the model in turn with the dense one.
+        The share of the dense model's time for one run of `Config.batch` samples; allocated by times of products
+        and convolutions on this machine, then measured on the model in turn with the dense one.
     max_error
         The relative error of the model's outputs on held-out data; the smallest model within it is searched.
     min_metric_kept

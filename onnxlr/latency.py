@@ -148,9 +148,9 @@ class Timings:
             As `Session`.
         """
         session = Session(model, provider=self._provider, threads=self._threads)
-        warm = self._references()[1:]
-        pace, microseconds = self._time(warm, (session, feed))
-        return microseconds * self._scale(warm, [pace])[warm[0].runs]
+        warm = self._reference(2)
+        pace, microseconds = self._time([warm], (session, feed))
+        return microseconds * self._scale([warm], [pace])[warm.runs]
 
     def measure(self, products: Iterable[tuple[Over, int, int]]) -> None:
         """Time all that the given products need, in turn.
@@ -212,10 +212,9 @@ class Timings:
             return False
         long = entries[len(entries) // 2 :]
         some = [long[i] for i in sorted({round(i) for i in np.linspace(0, len(long) - 1, CHECKED)})]
-        references = self._references()
-        pace = {one.runs: float(document["reference"][str(one.runs)]) for one in references}
-        now = self._time([*references, *(self._product(over, sizes) for _, over, sizes in some)])
-        ratios = np.asarray(now) / [*pace.values(), *(one for one, _, _ in some)]
+        pace = {int(runs): float(one) for runs, one in document["reference"].items()}
+        again = [*map(self._reference, pace), *(self._product(over, sizes) for _, over, sizes in some)]
+        ratios = np.asarray(self._time(again)) / [*pace.values(), *(one for one, _, _ in some)]
         change = float(np.median(ratios))
         if not (change > 0 and np.quantile(np.abs(ratios / change - 1), 0.75) <= TRUSTED):
             return False
@@ -246,15 +245,15 @@ class Timings:
         # from large to small: where two times contradict each other the longer run is the one to trust
         leaves = sorted((leaf(over, sizes) for over, sizes in missing), key=lambda leaf: leaf.work, reverse=True)
         for group in groups(leaves):
-            references = self._references()
+            references = [self._reference(runs) for runs in sorted({one.runs for one in group})]
             times = self._time([*references, *group])
             scale = self._scale(references, times[: len(references)])
             for one, microseconds in zip(group, times[len(references) :], strict=True):
                 _insert(tables[one.over], one.sizes, microseconds * scale[one.runs])
 
-    def _references(self) -> list[Leaf]:
-        """The reference as leaves of both kinds: what others leave in the caches enters a single run alone."""
-        return [replace(self._product(*_REFERENCE), runs=runs) for runs in (1, 2)]
+    def _reference(self, runs: int) -> Leaf:
+        """The reference, run as often as the leaves it is for: what others leave in the caches enters single runs."""
+        return replace(self._product(*_REFERENCE), runs=runs)
 
     def _scale(self, references: Sequence[Leaf], pace: Sequence[float]) -> dict[int, float]:
         """What makes times of now those of the pace of the first ones, by how often a leaf is run."""
@@ -269,7 +268,7 @@ class Timings:
                 (session, {**feed, "which": np.asarray(i, np.int64)}, leaves[i // 2].runs)
                 for i in range(2 * len(leaves))
             ),
-            *((whole, fed, 1) for whole, fed in wholes),
+            *((whole, fed, 2) for whole, fed in wholes),
         ]
 
         def seconds(session: Session, feed: Feed) -> float:

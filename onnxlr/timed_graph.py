@@ -190,7 +190,8 @@ def tree(leaves: Sequence[Leaf], element: int) -> tuple[Model, Feed]:
     whole.input.append(helper.make_tensor_value_info("which", TensorProto.INT64, []))
     # with free rows no shape is known before the run, and no product is left out for it
     whole.input.extend(helper.make_tensor_value_info(x, element, [None, *lengths]) for x, (_, *lengths) in data.items())
-    proto = helper.make_model(whole, ir_version=8, opset_imports=[helper.make_opsetid("", 17)])
+    ir, opset = (10, 22) if element == TensorProto.BFLOAT16 else (8, 17)  # the first with convolutions of that type
+    proto = helper.make_model(whole, ir_version=ir, opset_imports=[helper.make_opsetid("", opset)])
     return from_proto(proto), {x: array(*shape) for x, shape in data.items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from onnxlr.session import Session
 from onnxlr.shapes import measure_shapes
 from onnxlr.sites import Inventory, Weight, take_inventory
 from onnxlr.sites.conv import DEPTHWISE
+from onnxlr.sites.convolution import Convolution
 
 if TYPE_CHECKING:
     from onnxlr.config import Objective
@@ -108,6 +110,29 @@ def full_rank(inventory: Inventory, weight: Weight, rank: int | None = None) -> 
     u, s, vt = np.linalg.svd(inventory.matrix(weight), full_matrices=False)
     root = np.sqrt(s[..., :rank])
     return Stored.pair(Factors(u[..., :rank] * root[..., None, :], root[..., :, None] * vt[..., :rank, :], None))
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(convolutions())
+def test_a_pair_is_run_as_the_convolutions_that_are_written(given: Case) -> None:
+    outputs(given)
+    inventory = given.inventory
+    (weight,) = inventory.weights
+    rank = min(weight.d_in, weight.d_out)
+    assume(weight.groups == 1 or rank > 1)  # what reads a single channel in each group is no site
+    small = Case(rewrite(inventory, {"w": full_rank(inventory, weight)}), given.x).inventory
+    first, second = small.weights
+    assert weight.convolutions == ((first.convolutions[0][0], second.convolutions[0][0]),)
+    (node,) = given.model.proto.graph.node
+    stated = {one.name: helper.get_attribute_value(one) for one in node.attribute}
+    ((dense, _),) = weight.convolutions
+    assert (dense.op, dense.groups, list(dense.kernel)) == (node.op_type, stated["group"], list(weight.sites[0].kernel))
+    assert (dense.samples, dense.read) == (len(given.x), given.x.shape[2:])
+    assert dense.positions * weight.groups * weight.d_in * weight.d_out == weight.macs
+    assert {"strides": tuple(stated["strides"]), "dilations": tuple(stated["dilations"])}.items() <= dict(
+        dense.attributes
+    ).items()
+    assert Convolution.from_dict(json.loads(json.dumps(dense.to_dict()))) == dense
 
 
 @settings(max_examples=120, deadline=None, derandomize=True)

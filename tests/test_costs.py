@@ -15,12 +15,17 @@ from models import parsed
 
 import onnxlr
 from onnxlr import Config, Target, search
-from onnxlr.choice import Part, Terms
+from onnxlr.case import prepare
+from onnxlr.choice import Part, Terms, separable_key
 from onnxlr.costs import SIZES, Latency
 from onnxlr.errors import GateError
+from onnxlr.forms import block_products, pair_products, separable_products
 from onnxlr.groups import group
 from onnxlr.layer import Layer
+from onnxlr.parts import parts_of
+from onnxlr.shapes import measure_shapes
 from onnxlr.sites import take_inventory
+from onnxlr.sites.convolution import Convolution
 from onnxlr.targets import Planner
 
 if TYPE_CHECKING:
@@ -110,6 +115,91 @@ def test_a_weight_of_unknown_rows_costs_nothing_and_stays_dense() -> None:
     choice = plans.fits(plans.least)
     assert choice.cuts["w"].rank == 4
     assert choice.cuts["v"].rank is None
+
+
+class Geared(Clockwork):
+    """A price for convolutions as well, in which all that tells them apart counts."""
+
+    def product(self, over: int | Convolution, d_in: int, d_out: int) -> float:
+        self.used.add((over, d_in, d_out))
+        if isinstance(over, int):
+            return super().product(over, d_in, d_out)
+        strides, kernel = dict(over.attributes)["strides"], over.kernel
+        return sum((i + 2) * s * k for i, (s, k) in enumerate(zip(strides, kernel, strict=True))) + (  # type: ignore[arg-type]
+            over.positions * over.groups * d_in * d_out / 64
+        )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used: set[tuple[Any, int, int]] = set()
+
+
+def convolutional() -> Inventory:
+    """One kernel of two convolutions, one in groups, one of 1 x 1, and a product."""
+    rng = np.random.default_rng(0)
+    weights = {
+        name: rng.standard_normal(shape).astype(np.float32) / 9
+        for name, shape in {"k": (24, 24, 3, 3), "g": (32, 12, 3, 2), "p": (40, 32, 1, 1), "w": (40, 72)}.items()
+    }
+    body = """a = Conv<pads = [1, 1, 1, 1]>(x, k) b = Relu(a) c = Conv<strides = [2, 1]>(b, k) d = Relu(c)
+              e = Conv<group = 2, dilations = [1, 2]>(d, g) f = Relu(e) h = Conv(f, p) i = GlobalAveragePool(h)
+              j = Flatten(i) y = MatMul(j, w)"""
+    model = parsed("(float[N, 24, 11, 9] x) => (float[N, 72] y)", body, **weights)
+    return take_inventory(model, measure_shapes(model, {"x": np.zeros((1, 24, 11, 9), np.float32)}))
+
+
+def test_what_runs_as_convolutions_is_priced_as_such_and_what_multiplies_as_before() -> None:
+    inventory, clockwork = convolutional(), Geared()
+    costs = Latency(inventory, clockwork, 3, 1e6, 4)  # type: ignore[arg-type]
+    kernel, grouped, point, matrix = sorted(inventory.weights, key=lambda weight: "kgpw".index(weight.name))
+
+    def of(one: Convolution, c_in: int, c_out: int) -> float:
+        return clockwork.product(one.times(3), c_in, c_out)
+
+    attributes: dict[str, Any] = {"pads": [1, 1, 1, 1]}
+    same = Convolution.of("Conv", (1, 24, 11, 9), (1, 24, 11, 9), (3, 3), attributes)
+    stepped = Convolution.of("Conv", (1, 24, 11, 9), (1, 24, 5, 7), (3, 3), {"strides": [2, 1]})
+    assert costs.dense(kernel) == of(same, 24, 24) + of(stepped, 24, 24)
+    pair = costs.form(kernel, pair_products(216, 24, 8), moved=0, corrected=True)
+    assert pair == sum(of(one, 24, 8) + of(one.pointwise(), 8, 24) for one in (same, stepped))
+    split = costs.form(kernel.in_strips, separable_products(216, 24, 12, 3), moved=0, corrected=True)
+    assert split == sum(of(one.halves()[0], 24, 12) + of(one.halves()[1], 12, 24) for one in (same, stepped))
+    column, row = stepped.halves()
+    assert (column.kernel, column.read, column.written, row.kernel, row.read) == (
+        (3, 1),
+        (11, 9),
+        (5, 9),
+        (1, 3),
+        (5, 9),
+    )
+    moved = costs.form(kernel, block_products(216, 24, 8, "output"), moved=24, corrected=True)
+    narrow = sum(of(one, 24, 8) + of(one.pointwise(), 8, 16) for one in (same, stepped))
+    assert moved == narrow + clockwork.moved(3 * (99 + 35), 24)
+    groups = Convolution.of("Conv", (1, 24, 5, 7), (1, 32, 3, 5), (3, 2), {"group": 2, "dilations": [1, 2]})
+    assert costs.dense(grouped) == of(groups, 12, 16)
+    assert costs.form(grouped, pair_products(72, 16, 4), moved=0, corrected=True) == pytest.approx(
+        of(groups, 12, 4) + of(groups.pointwise(), 4, 16)
+    )
+    assert costs.dense(point) == of(groups.pointwise().of("Conv", (1, 0, 3, 5), (1, 0, 3, 5), (1, 1), {}), 32, 40)
+    assert costs.dense(matrix) == Clockwork().product(3, 40, 72)
+    assert costs.form(matrix, pair_products(40, 72, 8), moved=0, corrected=True) == pytest.approx(
+        Clockwork().product(3, 40, 8) + Clockwork().product(3, 8, 72)
+    )
+
+
+def test_all_convolutions_that_a_plan_asks_for_are_timed_beforehand() -> None:
+    config, clockwork = Config(**SETTINGS), Geared()
+    case = prepare(convolutional().model, [{"x": np.zeros((2, 24, 11, 9), np.float32)}], config)
+    inventory, parts = case.inventory, parts_of(case, None, config)
+    costs = Latency(inventory, clockwork, 2, 1e6, 4)  # type: ignore[arg-type]
+    importance = {key: 1.0 for part in parts for key in (part.name, separable_key(part.name))}
+    terms = Terms(config, costs, importance)
+    forms = {cut.form for one in group(parts, inventory, config) for option in one.options(terms)
+             for cut in option.choice.cuts.values()}  # fmt: skip
+    assert forms == {"dense", "pair", "block", "separable"}
+    used = {key for key in clockwork.used if not isinstance(key[0], int)}
+    assert used
+    assert used <= clockwork.asked
 
 
 @settings(max_examples=40, deadline=None)

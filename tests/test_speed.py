@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from conftest import invoke, mlp, parse, rows
+from models import parsed, random
 from onnx import numpy_helper
 
 import onnxlr
@@ -98,6 +99,22 @@ def test_profile_prices_layers_as_the_plan_does_and_keeps_the_times(shelf: Path)
     table = invoke(*command)
     assert (table.code, table.err) == (0, "")
     assert document["cache"] in table.out
+
+
+def test_profile_times_convolutions_as_such_and_an_older_cache_is_not_believed() -> None:
+    arrays = {"w": random(1, 16, 8, 3, 3), "v": random(2, 16, 8, 3, 3), "u": random(3, 16, 8, 3, 3)}
+    body = "a = Conv<pads = [1, 1, 1, 1]>(x, w) b = Conv<strides = [2, 2]>(x, v) c = Conv<pads = [1, 1, 1, 1]>(x, u)"
+    outputs = ", ".join(f"float[N, 16, {size}, {size}] {name}" for name, size in (("a", 9), ("b", 4), ("c", 9)))
+    model = parsed(f"(float[N, 8, 9, 9] x) => ({outputs})", body, **arrays)
+    done = onnxlr.profile(model, batch=2, threads=1, rank_multiple=4)
+    assert [(layer.d_in, layer.d_out, layer.rows, layer.weights) for layer in done.layers] == [
+        (72, 16, 162, 2), (72, 16, 32, 1)]  # fmt: skip
+    assert all(layer.dense_us > 0 for layer in done.layers)
+    kept = json.loads(Path(done.cache).read_text())
+    strides = {tuple(over["attributes"]["strides"]) for over, *_ in kept["products"] if isinstance(over, dict)}
+    assert strides == {(1, 1), (1, 2), (2, 1), (2, 2)}
+    Path(done.cache).write_text(json.dumps({**kept, "format": "onnxlr-timings/1"}))
+    assert not recalled(threads=1)[1]
 
 
 def test_times_are_scaled_to_the_pace_of_now_and_refused_out_of_proportion() -> None:
