@@ -153,8 +153,10 @@ def _one_pass(
 ) -> Stats:
     wanted = [probe for own in together for probe in own]
     inner, sums = _in_bodies(inventory.weights, wanted, config)
-    probing = _probing(model, wanted, inner, inputs)
-    plain: Session | None = Session(probing, provider=_provider(config), threads=config.threads, streaming=True)
+    extended = _probing(model, wanted, inner, inputs)
+    plain: Session | None = Session(extended, provider=_provider(config), threads=config.threads, streaming=True)
+    probing = extended if _stays_on_device(config) else None
+    del extended  # or the weights are in memory twice
     in_graph: InGraph | None = None
     digest = hashlib.sha256()
     count = 0
@@ -167,7 +169,7 @@ def _one_pass(
         elif plain is not None and fetched:
             seen |= plain.run(feed, fetched)
         _add(seen, inner, mask, _shares(together, wanted, sums), sums, count, watched=config.rows == "auto")
-        if plain is not None and _stays_on_device(config):
+        if plain is not None and probing is not None:
             own = taken(model, inputs, wanted, inner, sums)
             axes = {tensor: seen[tensor].ndim for tensor, _ in own}
             wanted = [probe for probe in wanted if probe not in own]

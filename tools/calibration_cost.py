@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,8 @@ def run(name: str, model: Path, calib: Path, mask: str | None, provider: str) ->
             session.run(feed)
     elif name in OWN:
         if name == "without width":
-            inventory = inventory.observing({"pair", "block", "shared"})
+            config = replace(config, forms=frozenset({"pair", "block", "shared"}))
+            inventory = inventory.observing(config.forms)
         stats = accumulate(loaded, inventory, samples, inputs, config)
         result["samples"] = stats.samples
     else:
