@@ -18,16 +18,18 @@ import onnx
 
 from onnxlr.data import batches, sample_count
 from onnxlr.errors import DataError
-from onnxlr.gram import OnDemand, Stats, beside
-from onnxlr.in_graph import InGraph, gram_bytes, not_finite, taken
-from onnxlr.inner import bring_out, outputs_of, pieces
+from onnxlr.gram import Stats, beside
+from onnxlr.in_graph import InGraph, gram_bytes, taken
+from onnxlr.inner import bring_out, outputs_of
 from onnxlr.liveness import keep_only
 from onnxlr.model_io import from_proto
 from onnxlr.nvidia import CUDA, TENSORRT
 from onnxlr.passes import in_passes
 from onnxlr.probes import Probe, as_seen, probe_key, site_probes
-from onnxlr.running import RunningMoments, drawn, packed_bytes
+from onnxlr.running import packed_bytes
 from onnxlr.session import DEVICES, PROVIDERS, Session
+from onnxlr.sums import Sums
+from onnxlr.threads import sharing_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -151,53 +153,86 @@ def _one_pass(
     config: Config,
     progress: Callable[[int], None],
 ) -> Stats:
-    wanted = [probe for own in together for probe in own]
-    inner, sums = _in_bodies(inventory.weights, wanted, config)
-    extended = _probing(model, wanted, inner, inputs)
-    plain: Session | None = Session(extended, provider=_provider(config), threads=config.threads, streaming=True)
-    probing = extended if _stays_on_device(config) else None
-    del extended  # or the weights are in memory twice
-    in_graph: InGraph | None = None
+    sums = Sums(inventory.weights, together, config)
+    probed = _Probed(model, sums, inputs, config)
+    probes = sums.wanted
     digest = hashlib.sha256()
     count = 0
-    for feed in batches(_hashed(samples, digest), config.batch, inputs):
-        fetched = _fetched(wanted, inner, inputs)
-        mask = mask_of(feed, config.mask)
-        seen = dict(feed)
-        if in_graph is not None:
-            seen |= in_graph.run(feed, fetched, count)
-        elif plain is not None and fetched:
-            seen |= plain.run(feed, fetched)
-        _add(seen, inner, mask, _shares(together, wanted, sums), sums, count, watched=config.rows == "auto")
-        if plain is not None and probing is not None:
-            own = taken(model, inputs, wanted, inner, sums)
-            axes = {tensor: seen[tensor].ndim for tensor, _ in own}
-            wanted = [probe for probe in wanted if probe not in own]
-            fetched = _fetched(wanted, inner, inputs)
-            plain = None  # or the weights are in that memory twice
-            in_graph = InGraph(probing, own, axes, sums, fetched, config, provider=_provider(config))
-        del seen  # or it is still there beside the next batch's
-        size = sample_count(feed, inputs)
-        count += size
-        progress(size)
-        if config.rows == "auto":
-            wanted = [probe for own in together if not all(sums[each].settled for each in own) for probe in own]
-            if not wanted:
-                break
-    if in_graph is not None:
-        in_graph.finish()
+    with sharing_out(config.threads) as pool:
+        for feed in batches(_hashed(samples, digest), config.batch, inputs):
+            seen = probed.run(feed, probes, count)
+            sums.add(pool, seen, probes, mask_of(feed, config.mask), count)
+            if not count and _stays_on_device(config):
+                probes = probed.add_up(seen, probes)
+            del seen  # or it is still there beside the next batch's
+            size = sample_count(feed, inputs)
+            count += size
+            progress(size)
+            if config.rows == "auto":
+                probes = sums.wanted
+                if not probes:
+                    break
+    probed.finish()
     if not count:
         raise DataError("there are no samples to calibrate on: one of so many is held out, so give at least two")
-    by_key = {probe_key(probe): running for probe, running in sums.items()}
     return Stats(
         model=fingerprint,
         data=(digest.hexdigest(),),
         samples=count,
         holdout_every=config.holdout_every,
-        moments=OnDemand(
-            {key: (running.count, running.dim) for key, running in by_key.items()}, lambda key: by_key[key].moments()
-        ),
+        moments=sums.moments(),
     )
+
+
+class _Probed:
+    """The model, which gives out what probes need or, once it is told to, adds up their moments itself.
+
+    Parameters
+    ----------
+    model
+        The model.
+    sums
+        All that is wanted of it.
+    inputs
+        The model's inputs.
+    config
+        Provider, threads and mask are used.
+    """
+
+    def __init__(self, model: Model, sums: Sums, inputs: Sequence[TensorSpec], config: Config) -> None:
+        self._sums, self._inputs, self._config = sums, inputs, config
+        extended = _probing(model, sums.wanted, sums.inner, inputs)
+        self._session: Session | None = Session(
+            extended, provider=_provider(config), threads=config.threads, streaming=True
+        )
+        self._in_graph: InGraph | None = None
+        self._model = extended if _stays_on_device(config) else None  # or the weights are in memory twice
+
+    def run(self, feed: Feed, probes: Sequence[Probe], first: int) -> Feed:
+        """The tensors of `probes` of one batch, which begins with sample `first`, and the feed."""
+        fetched = _fetched(probes, self._sums.inner, self._inputs)
+        if self._in_graph is not None:
+            return {**feed, **self._in_graph.run(feed, fetched, first)}
+        assert self._session is not None
+        return {**feed, **(self._session.run(feed, fetched) if fetched else {})}
+
+    def add_up(self, seen: Feed, probes: Sequence[Probe]) -> list[Probe]:
+        """From now on the graph adds up what it can, after a first batch with the tensors `seen`; the probes left."""
+        assert self._model is not None
+        own = taken(self._model, self._inputs, probes, self._sums.inner, self._sums.running)
+        left = [probe for probe in probes if probe not in own]
+        axes = {tensor: seen[tensor].ndim for tensor, _ in own}
+        fetched = _fetched(left, self._sums.inner, self._inputs)
+        self._session = None  # or the weights are on the device twice
+        self._in_graph = InGraph(
+            self._model, own, axes, self._sums.running, fetched, self._config, provider=_provider(self._config)
+        )
+        return left
+
+    def finish(self) -> None:
+        """Bring home what the graph has added up."""
+        if self._in_graph is not None:
+            self._in_graph.finish()
 
 
 def _probing(
@@ -223,56 +258,6 @@ def _fetched(wanted: Sequence[Probe], inner: Container[str], inputs: Sequence[Te
     given = {spec.name for spec in inputs}
     names = (name for tensor, _ in wanted for name in (outputs_of(tensor) if tensor in inner else (tensor,)))
     return [name for name in dict.fromkeys(names) if name not in given]
-
-
-def _in_bodies(
-    weights: Iterable[Weight], wanted: Sequence[Probe], config: Config
-) -> tuple[dict[str, tuple[str, tuple[Body, ...]]], dict[Probe, RunningMoments]]:
-    """What the names of probes in bodies stand for: a tensor and its bodies; and their moments while none has run."""
-    tensors, sums = {}, {}
-    sites = ((weight, site) for weight in as_seen(weights, config) for site in weight.sites if site.bodies)
-    for weight, site in sites:
-        for probe in site_probes(weight, site, config.objective):
-            if probe not in wanted:
-                continue
-            of_output = probe[0] == site.seen_as(site.output)
-            tensors[probe[0]] = (site.output if of_output else site.input, site.bodies)
-            width = weight.d_out if of_output else weight.d_in
-            sums[probe] = RunningMoments(width, watched=config.rows == "auto")
-    return tensors, sums
-
-
-def _shares(
-    together: list[list[Probe]], wanted: Sequence[Probe], sums: Mapping[Probe, RunningMoments]
-) -> dict[Probe, float]:
-    """Which share of its rows each of `wanted` takes: as much as all that it is added up with."""
-    most = {
-        probe: max((sums[each].share for each in own if each in sums), default=1.0) for own in together for probe in own
-    }
-    return {probe: most[probe] for probe in wanted}
-
-
-def _add(
-    activations: Feed,
-    inner: Container[str],
-    mask: NDArray[Any] | None,
-    shares: Mapping[Probe, float],
-    sums: dict[Probe, RunningMoments],
-    first: int,
-    *,
-    watched: bool,
-) -> None:
-    """Add the rows of one batch, which begins with sample `first`, to `sums`."""
-    for probe, share in shares.items():
-        tensor, place = probe
-        names = outputs_of(tensor) if tensor in inner else ()
-        try:
-            for array in pieces(*(activations[name] for name in names)) if names else [activations[tensor]]:
-                rows = place.of(array, mask)
-                running = sums[probe] = sums.get(probe) or RunningMoments(rows.shape[1], watched=watched)
-                running.add(drawn(rows, share, running.count))
-        except FloatingPointError:
-            raise not_finite(tensor, first) from None
 
 
 def _added_up(weights: Iterable[Weight], objective: Objective) -> list[list[Probe]]:

@@ -32,6 +32,7 @@ from onnxlr.model_io import from_proto
 from onnxlr.probes import probe_key
 from onnxlr.running import PIECE
 from onnxlr.session import Session
+from onnxlr.sums import not_finite
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Mapping, Sequence
@@ -55,14 +56,6 @@ SUMS = "onnxlr.sums"
 def gram_bytes(dim: int) -> int:
     """What the moments of rows of width `dim` take on the device."""
     return 8 * dim * dim
-
-
-def not_finite(tensor: str, first: int) -> DataError:
-    """The error of a tensor that is NaN or infinite in the batch that begins with sample `first`."""
-    return DataError(
-        f"tensor {tensor!r} holds NaN or infinite values in the batch from sample {first}: "
-        "check the model and the data with onnxruntime"
-    )
 
 
 def taken(

@@ -9,9 +9,8 @@ float32 and added up in float64, with two things that make it safe:
              up to the moments of a single pass within the rounding of float32, and exactly where rows are of float64
     range    a batch whose squares leave the range of float32 is multiplied in float64
 
-Only one triangle is computed and kept, as a vector of `d (d + 1) / 2` numbers in LAPACK's rectangular full packed
-format, which multiplies as fast as whole matrices do (Gustavson, Wasniewski, Dongarra, Langou 2010, ACM Transactions on
-Mathematical Software 37). Rows of float64 stay float64 throughout.
+Only what is on the diagonal and right of it is computed and kept, in blocks of `BLOCK` rows: `B` of them of width `d`
+hold `(d + B) / 2d` of the whole.
 
 How many rows are enough? `n` independent rows of a normal distribution tell its covariance `C` up to an expected
 squared error of `(tr(C)^2 + ||C||^2) / n` (Frobenius norm). Rows of one image or sentence are not independent, so their
@@ -34,7 +33,6 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.linalg import blas, lapack
 
 from onnxlr.gram import Moments
 
@@ -45,8 +43,8 @@ PIECE = 8192
 """The most rows whose products are added up in float32."""
 TINY = 1e-30
 """A sum of squares below this may have lost digits to the lower end of float32."""
-MIRRORED = 256
-"""Rows of a triangle that are mirrored at a time: a whole one at once is slow to read across."""
+BLOCK = 128
+"""Rows of a block. Smaller ones would take less memory, and products more time."""
 EVERY = 1.125
 """How many times as many rows there are at the next comparison: it costs as much as some hundred rows."""
 ENOUGH, COMPARISONS = 8, 4
@@ -55,7 +53,7 @@ ENOUGH, COMPARISONS = 8, 4
 
 def packed_bytes(dim: int) -> int:
     """What the moments of rows of width `dim` take while they come in."""
-    return 8 * (dim * (dim + 1) // 2 + dim)
+    return 8 * (sum(min(BLOCK, dim - start) * (dim - start) for start in range(0, dim, BLOCK)) + dim)
 
 
 class RunningMoments:
@@ -71,7 +69,8 @@ class RunningMoments:
 
     def __init__(self, dim: int, *, watched: bool = False) -> None:
         self.dim, self.count, self._watched = dim, 0, watched
-        self._triangle, self._total, self._squares = np.zeros(dim * (dim + 1) // 2), np.zeros(dim), 0.0
+        self._blocks = [np.zeros((min(BLOCK, dim - start), dim - start)) for start in range(0, dim, BLOCK)]
+        self._total, self._squares = np.zeros(dim), 0.0
         self._shift: NDArray[Any] | None = None
         self._compared, self._variance, self._due = 0, 0.0, 1.0
 
@@ -92,28 +91,37 @@ class RunningMoments:
                 self._shift = rows.mean(0, dtype=np.float64).astype(dtype)
             total = rows.sum(0, dtype=np.float64)
             rows = np.subtract(rows, self._shift, order="C")
-            # where this sum is finite every entry of the triangle is
-            squares = _squared(rows)
-            if dtype == np.float32 and not TINY < squares < np.inf:
+            squares = _on_diagonal(rows)
+            trace = _trace(squares)
+            if dtype == np.float32 and not TINY < trace < np.inf:
                 rows = rows.astype(np.float64)
-                squares = _squared(rows)
-        if not np.isfinite(squares):
+                squares = _on_diagonal(rows)
+                trace = _trace(squares)
+        # a square on the diagonal is not finite where anything beside it is not
+        if not np.isfinite(trace):
             raise FloatingPointError("a row is not finite")
-        triangle = _triangle(rows[:PIECE])
-        for start in range(PIECE, len(rows), PIECE):
-            triangle = triangle.astype(np.float64, copy=False) + _triangle(rows[start : start + PIECE])
-        if self._watched and self.count >= self._due:
-            difference = self._triangle / -self.count
-            difference += triangle / len(rows)
-            # both triangles of the matrix, and its diagonal twice: never too small
-            distance = 2 * _squared(difference)
+        compared = self._watched and self.count >= self._due
+        distance = 0.0
+        for start, block, square in zip(range(0, self.dim, BLOCK), self._blocks, squares, strict=True):
+            beside = _product(rows[:, start : start + BLOCK], rows[:, start + BLOCK :])
+            if compared:
+                distance += self._distance(block, square, beside, len(rows))
+            block[:, : len(block)] += square
+            block[:, len(block) :] += beside
+        if compared:
             self._variance += distance / (1 / len(rows) + 1 / self.count)
             self._compared += 1
             self._due = EVERY * self.count
-        self._triangle += triangle
         self._total += total
-        self._squares += squares
+        self._squares += trace
         self.count += len(rows)
+
+    def _distance(self, block: NDArray[np.float64], square: NDArray[Any], beside: NDArray[Any], count: int) -> float:
+        """What the covariance of `count` rows differs by from that of all before: its part in a block, squared."""
+        of_square = block[:, : len(block)] / -self.count + square / count
+        of_beside = block[:, len(block) :] / -self.count + beside / count
+        # the diagonal twice: with few rows, those worth less than they seem are not to settle
+        return _squared(of_square) + 2 * _squared(of_beside) + float(np.square(of_square.diagonal()).sum())
 
     @property
     def shift(self) -> NDArray[Any] | None:
@@ -142,11 +150,10 @@ class RunningMoments:
         """
         assert self._shift is not None
         trace = float(np.trace(gram))
-        # a square on the diagonal is not finite where anything beside it is not
         if not np.isfinite(trace):
             raise FloatingPointError("a sum is not finite")
-        packed, _ = lapack.dtrttf(gram.T)  # which is in the order of LAPACK
-        self._triangle += packed
+        for start, block in enumerate(self._blocks):
+            block += gram[start * BLOCK : (start + 1) * BLOCK, start * BLOCK :]
         self._total += total + count * self._shift.astype(np.float64)
         self._squares += trace
         self.count += count
@@ -173,16 +180,17 @@ class RunningMoments:
         """What the rows add up to."""
         if self._shift is None:
             return Moments.zero(self.dim)
-        # of x = z + s: sum x^T x = sum z^T z + s^T sum x + (sum z)^T s
+        # of x = z + s: sum x^T x = sum z^T z + s^T o + o^T s, where o = sum x - n / 2 s
         shift = self._shift.astype(np.float64)
-        upper, _ = lapack.dtfttr(self.dim, self._triangle)
-        upper = blas.dsyr2(1.0, shift, self._total - self.count / 2 * shift, a=upper, overwrite_a=True)
-        gram = upper.T  # in the order of rows, as all that follows
-        for start in range(0, self.dim, MIRRORED):
-            stop = start + MIRRORED
-            gram[start:stop, stop:] = gram[stop:, start:stop].T
-            square = gram[start:stop, start:stop]
-            square[:] = np.tril(square) + np.tril(square, -1).T
+        offset = self._total - self.count / 2 * shift
+        gram = np.empty((self.dim, self.dim))
+        for index, block in enumerate(self._blocks):
+            start, stop = index * BLOCK, index * BLOCK + len(block)
+            own = np.outer(shift[start:stop], offset[start:])
+            own += np.outer(offset[start:stop], shift[start:])
+            own += block
+            gram[start:stop, start:] = own
+            gram[stop:, start:stop] = own[:, stop - start :].T
         return Moments(self.count, self._total, gram)
 
 
@@ -194,15 +202,25 @@ def drawn(rows: NDArray[Any], share: float, seed: int) -> NDArray[Any]:
     return rows[np.sort(chosen)]
 
 
+def _on_diagonal(rows: NDArray[Any]) -> list[NDArray[Any]]:
+    """The squares of `rows^T rows` at the left of its blocks."""
+    columns = (rows[:, start : start + BLOCK] for start in range(0, rows.shape[1], BLOCK))
+    return [_product(own, own) for own in columns]
+
+
+def _product(left: NDArray[Any], right: NDArray[Any]) -> NDArray[Any]:
+    """`left^T right`: of an array with itself it is symmetric, and half of the work."""
+    product: NDArray[Any] = left[:PIECE].T @ right[:PIECE]
+    for start in range(PIECE, len(left), PIECE):
+        stop = start + PIECE
+        product = np.add(product, left[start:stop].T @ right[start:stop], dtype=np.float64)
+    return product
+
+
+def _trace(squares: list[NDArray[Any]]) -> float:
+    return float(sum(np.trace(square, dtype=np.float64) for square in squares))
+
+
 def _squared(array: NDArray[Any]) -> float:
-    """The sum of squares. numpy's BLAS has threads of its own, which would wait, spinning, on the cores of scipy's."""
-    flat = array.reshape(-1)
-    return float(np.einsum("i,i->", flat, flat))
-
-
-def _triangle(rows: NDArray[Any]) -> NDArray[Any]:
-    """`rows^T rows`, packed."""
-    multiply, dim = lapack.dsfrk if rows.dtype == np.float64 else lapack.ssfrk, rows.shape[1]
-    packed = np.zeros(dim * (dim + 1) // 2, rows.dtype)
-    result: NDArray[Any] = multiply(dim, len(rows), 1.0, rows.T, 0.0, packed, overwrite_c=1)
-    return result
+    """The sum of squares of a matrix."""
+    return float(np.einsum("ij,ij->", array, array))

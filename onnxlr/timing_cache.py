@@ -18,6 +18,7 @@ from onnxlr.errors import OutputError
 from onnxlr.files import replacing
 from onnxlr.latency import Timings
 from onnxlr.session import PROVIDERS, import_onnxruntime
+from onnxlr.threads import cores
 
 FORMAT = "onnxlr-timings/2"
 
@@ -69,11 +70,10 @@ def _path(made_on: dict[str, Any]) -> Path:
 def _made_on(provider: str, threads: int, dtype: str) -> dict[str, Any]:
     """All that times depend on, but for the machine's pace."""
     runtime = import_onnxruntime()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "machine": platform.node(),
         "processor": _processor(),
-        "cores": cores,
+        "cores": cores(),
         "onnxruntime": f"{runtime.__version__} {runtime.get_build_info()}",
         "provider": PROVIDERS.get(provider.lower(), provider),
         "threads": threads,

@@ -139,7 +139,8 @@ def measured(arguments: Sequence[str]) -> tuple[int, float, float, int]:
     """Exit code, seconds, seconds of processor time and peak resident bytes of one onnxlr command."""
     start = time.perf_counter()
     command = [sys.executable, "-m", "onnxlr", *arguments]
-    process = os.posix_spawn(sys.executable, command, os.environ)
+    silent = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
+    process = os.posix_spawn(sys.executable, command, os.environ, file_actions=silent)
     _, status, usage = os.wait4(process, 0)
     seconds = time.perf_counter() - start
     return os.waitstatus_to_exitcode(status), seconds, usage.ru_utime + usage.ru_stime, 1024 * usage.ru_maxrss
