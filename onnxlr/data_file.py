@@ -1,7 +1,7 @@
 """A file of weights that grows while a model is made: tensors go to it one at a time and are known by their places.
 
-The model that is made of another one needs the other's weights too, and all external data of a model lie in one folder.
-So that folder is a new one, and the other's files are linked into it, or copied where the disk is another.
+A model that is made of another one often needs the other's weights too, and all external data of a model lie in one
+folder. So that folder is a new one, and the other's files are linked into it, or copied where the disk is another.
 """
 
 from __future__ import annotations
@@ -29,7 +29,14 @@ NAME = "onnxlr.data"
 
 
 class DataFile:
-    """External data for a model that is made of `model`, in a new folder in `folder`.
+    """External data of a model, in a new folder in `folder`.
+
+    Parameters
+    ----------
+    folder
+        Where the new folder is made.
+    beside
+        A model whose own external data are to be there too.
 
     Raises
     ------
@@ -37,13 +44,14 @@ class DataFile:
         It cannot be written.
     """
 
-    def __init__(self, model: Model, folder: Path) -> None:
+    def __init__(self, folder: Path, *, beside: Model | None = None) -> None:
         try:
             self.folder = Path(tempfile.mkdtemp(prefix="model.", dir=folder))
-            for location in model.external_files:
-                place = self.folder / location
-                place.parent.mkdir(parents=True, exist_ok=True)
-                _link(model.folder / location, place)
+            if beside is not None:
+                for location in beside.external_files:
+                    place = self.folder / location
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    _link(beside.folder / location, place)
             self._name = NAME
             while (self.folder / self._name).exists():
                 self._name += "_"

@@ -8,13 +8,18 @@ exactly; only what is computed from them is rounded less.
 
 from __future__ import annotations
 
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 from onnx import AttributeProto, TensorProto
 
+from onnxlr.data_file import DataFile
 from onnxlr.errors import ModelError
+from onnxlr.external_data import is_external
 from onnxlr.model_io import from_proto
 from onnxlr.protos import PAYLOAD, copy_around_tensors, copy_fields, tensors
 
@@ -36,10 +41,16 @@ def half_types(model: Model) -> frozenset[str]:
     return frozenset(name for element, name in HALF.items() if element in stated)
 
 
-def widened(model: Model) -> Model:
-    """The float32 self of a model, in memory.
+def widened(model: Model, data: DataFile | None = None) -> Model:
+    """The float32 self of a model.
 
-    Weights of a half type take twice their bytes there; other external data stay on disk.
+    Parameters
+    ----------
+    model
+        The model.
+    data
+        Where its external data go, one tensor at a time. Without it those of a half type are in memory, in twice their
+        bytes, and others stay where they are.
 
     Raises
     ------
@@ -56,18 +67,41 @@ def widened(model: Model) -> Model:
     proto = onnx.ModelProto()
 
     def place(source: TensorProto, target: TensorProto) -> None:
-        if source.data_type not in HALF:
+        half, moved = source.data_type in HALF, data if is_external(source) else None
+        if not half and moved is None:
             target.CopyFrom(source)
+            return
+        array = model.array(source).astype("<f4") if half else model.array(source)
+        if moved is not None:
+            target.CopyFrom(moved.put(source.name, array))
             return
         copy_fields(source, target, skip=PAYLOAD)
         target.data_type = TensorProto.FLOAT
-        target.raw_data = model.array(source).astype("<f4").tobytes()
+        target.raw_data = array.tobytes()
 
     copy_around_tensors(model.proto, proto, place)
     for element, holder in _types(proto):
         if element in HALF:
             setattr(holder, _FIELDS[type(holder)], TensorProto.FLOAT)
-    return from_proto(proto, model.folder)
+    return from_proto(proto, model.folder if data is None else data.folder)
+
+
+@contextmanager
+def float32_self(model: Model) -> Iterator[Model]:
+    """`widened`, for a session: the external data of a model go to a temporary file, until the session has mapped it.
+
+    Raises
+    ------
+    ModelError, ExternalDataError
+        As `widened`.
+    OutputError
+        The temporary folder has no room for them.
+    """
+    if not model.external_files:
+        yield widened(model)
+        return
+    with tempfile.TemporaryDirectory(prefix="onnxlr.") as folder, DataFile(Path(folder)) as data:
+        yield widened(model, data)
 
 
 def widened_feed(feed: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:

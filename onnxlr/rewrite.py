@@ -259,7 +259,7 @@ def rewrite(inventory: Inventory, stored: Mapping[str, Stored], folder: Path | N
         return inventory.model
     if folder is None:
         return emit(inventory, layouts, gs.Constant)
-    with DataFile(inventory.model, folder) as data:
+    with DataFile(folder, beside=inventory.model) as data:
 
         def make(name: str, array: NDArray[Any]) -> gs.Tensor:
             small = array.nbytes < EXTERNAL_FROM

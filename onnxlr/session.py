@@ -29,7 +29,7 @@ from onnxlr.errors import InstallError, ModelError
 from onnxlr.external_data import inline_bytes
 from onnxlr.model_io import load
 from onnxlr.nvidia import CUDA, TENSORRT, is_missing, load_libraries, not_started, with_options
-from onnxlr.precision import half_types, widened, widened_feed
+from onnxlr.precision import float32_self, half_types, widened_feed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -144,8 +144,7 @@ class Session:
         save_optimized: Path | None = None,
     ) -> None:
         ort = import_onnxruntime()
-        path, folder = (model, model.parent) if isinstance(model, Path) else (model.path, model.folder)
-        self.name = str(path or "the model")
+        self.name = str((model if isinstance(model, Path) else model.path) or "the model")
         self.provider = PROVIDERS.get(provider.lower(), provider)
         self.device = DEVICES.get(self.provider, "")
         if self.provider not in ort.get_available_providers():
@@ -168,9 +167,6 @@ class Session:
             prefix = "session.optimized_model_external_initializers_"
             options.add_session_config_entry(prefix + "file_name", save_optimized.name + ".data")
             options.add_session_config_entry(prefix + "min_size_in_bytes", "1024")
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", os.fspath(folder.resolve())
-        )
         self.computes = ""
         try:
             self._session = self._load(model, options)
@@ -179,7 +175,8 @@ class Session:
             lacking = self.provider == PROVIDERS["cpu"] and "NOT_IMPLEMENTED" in str(error)
             if not lacking or "bfloat16" not in half_types(whole):
                 raise
-            self._session, self.computes = self._load(widened(whole), options), "float32"
+            with float32_self(whole) as wide:
+                self._session, self.computes = self._load(wide, options), "float32"
             model = whole
         if self.provider not in self._session.get_providers():
             raise InstallError(not_started(self.provider))
@@ -198,6 +195,10 @@ class Session:
         return self._plain and not self.computes
 
     def _load(self, model: Model | Path, options: Any) -> Any:
+        folder = model.parent if isinstance(model, Path) else model.folder
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", os.fspath(folder.resolve())
+        )
         content = os.fspath(model) if isinstance(model, Path) else self._content(model, options)
         ort = import_onnxruntime()
         if self.provider in (CUDA, TENSORRT):

@@ -7,7 +7,8 @@ mask names the real ones, and one figure is made of all outputs:
 
 A half-precision reference is off by its own rounding. So it is also compared with its float32 self, on the same feeds:
 the error of that is the `noise` that any error of the candidate is to be read beside. It is that of the provider at
-hand: onnxruntime's CPU computes float16 models in float32 from one operator to the next and rounds less than a GPU.
+hand: onnxruntime's CPU computes float16 models in float32 from one operator to the next and rounds less than a GPU. Of
+many samples with large outputs it is that of the first, so that they can wait until the two models are out of memory.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from onnxlr.calibrate import mask_of
 from onnxlr.data import numbered_batches
-from onnxlr.errors import ConfigError, DataError, ModelError
+from onnxlr.errors import ConfigError, DataError, ModelError, OutputError
 from onnxlr.metrics import OutputComparison, is_floating, relative_error, token_rows
-from onnxlr.precision import half_types, widened, widened_feed
+from onnxlr.precision import float32_self, half_types, widened_feed
 from onnxlr.session import Session
 from onnxlr.task_metrics import MeanMetric, load_metric
 
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from onnxlr.model_io import Model
 
     Outputs: TypeAlias = Mapping[str, Array]
+
+KEPT = 2**28
+"""Bytes of the batches that a half-precision model is compared with its float32 self on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,27 +140,28 @@ def validate(
         _check_labels(data, len(labels))
     function = load_metric(metric)
     means = (MeanMetric(metric, function), MeanMetric(metric, function))
-    session_a, session_b = (Session(model, provider=provider, threads=threads) for model in (a, b))
-    check_same_interface(session_a, session_b)
-    noise = _Noise(a, session_a, provider=provider, threads=threads)
+    noise = _Noise(a, provider=provider, threads=threads)
     samples = 0
 
-    def run() -> Iterator[tuple[Feed, Outputs, Outputs]]:
+    def both() -> Iterator[tuple[Feed, Outputs, Outputs]]:
         nonlocal samples
+        session_a, session_b = (Session(model, provider=provider, threads=threads) for model in (a, b))
+        check_same_interface(session_a, session_b)
         for indices, feed in numbered_batches(data, batch, session_a.inputs):
             outputs = session_a.run(feed), session_b.run(feed)
             if labels is not None:
                 for mean, values in zip(means, outputs, strict=True):
                     mean.update(values, labels[indices])
-            noise.update(feed, outputs[0], mask)
+            noise.keep(session_a, feed, outputs[0])
             yield feed, *outputs
             samples += len(indices)
             progress(len(indices))
 
-    parities = compare(run(), mask=mask)
+    parities = compare(both(), mask=mask)
     if not samples:
         raise DataError(f"{data.name}: no samples to validate on; give more data, or hold out a larger share")
     error = relative_error(parities)
+    noise.measure(mask)
     return Validation(
         samples=samples,
         outputs=parities,
@@ -193,44 +198,51 @@ def compare(runs: Iterable[tuple[Feed, Outputs, Outputs]], *, mask: str | None =
     """
     comparisons: dict[str, OutputComparison] = {}
     for feed, reference, candidate in runs:
-        _add(comparisons, reference, candidate, mask_of(feed, mask))
+        real = mask_of(feed, mask)
+        for name, array in reference.items():
+            rows = None if real is None else token_rows(real, array.shape)
+            comparisons.setdefault(name, OutputComparison(name)).update(array, candidate[name], rows)
     return tuple(comparison.result() for comparison in comparisons.values())
 
 
-def _add(comparisons: dict[str, OutputComparison], reference: Outputs, candidate: Outputs, real: Array | None) -> None:
-    for name, array in reference.items():
-        rows = None if real is None else token_rows(real, array.shape)
-        comparisons.setdefault(name, OutputComparison(name)).update(array, candidate[name], rows)
-
-
 class _Noise:
-    """A half-precision model beside its float32 self, batch by batch; that it has none is no failure, but a reason."""
+    """A half-precision model beside its float32 self, which is loaded once no other session is.
 
-    def __init__(self, model: Model, session: Session, *, provider: str, threads: int) -> None:
-        self._comparisons: dict[str, OutputComparison] = {}
-        self._session: Session | None = None
+    Until then the first batches are kept, as many as `KEPT` bytes hold. That a model has no such self is no failure,
+    but a reason.
+    """
+
+    def __init__(self, model: Model, *, provider: str, threads: int) -> None:
+        self._model, self._provider, self._threads = model, provider, threads
+        self._half = bool(half_types(model))
+        self._kept: list[tuple[Feed, Outputs]] = []
+        self._bytes = 0
+        self.value: float | None = None
         self.reason = ""
+
+    def keep(self, session: Session, feed: Feed, outputs: Outputs) -> None:
+        """Take in a batch of the model."""
         if session.computes:
             self.reason = f"{session.provider} has no kernels for bfloat16 and computes the model in {session.computes}"
-        elif half_types(model):
-            try:
-                self._session = Session(widened(model), provider=provider, threads=threads)
-            except ModelError as error:
-                self.reason = str(error)
+        elif self._half and self._bytes < KEPT:
+            self._kept.append((feed, outputs))
+            self._bytes += sum(array.nbytes for array in (*feed.values(), *outputs.values()))
 
-    def update(self, feed: Feed, outputs: Outputs, mask: str | None) -> None:
-        if self._session is None:
+    def measure(self, mask: str | None) -> None:
+        """Find the value, or the reason why there is none."""
+        if not self._kept:
             return
         try:
-            _add(self._comparisons, self._session.run(widened_feed(feed)), outputs, mask_of(feed, mask))
+            with float32_self(self._model) as wide:
+                session = Session(wide, provider=self._provider, threads=self._threads)
+        except (ModelError, OutputError) as error:
+            self.reason = str(error)
+            return
+        runs = ((feed, session.run(widened_feed(feed)), outputs) for feed, outputs in self._kept)
+        try:
+            self.value = relative_error(compare(runs, mask=mask))
         except (ModelError, DataError) as error:
-            self._session, self.reason = None, f"the model's float32 self cannot be compared with it: {error}"
-
-    @property
-    def value(self) -> float | None:
-        if self._session is None:
-            return None
-        return relative_error(comparison.result() for comparison in self._comparisons.values())
+            self.reason = f"the model's float32 self cannot be compared with it: {error}"
 
 
 def check_same_interface(a: Session, b: Session) -> None:

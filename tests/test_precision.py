@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -22,7 +23,7 @@ from onnxlr.forms import LARGEST, Stored, Window, holds
 from onnxlr.gram import Moments
 from onnxlr.latency import Timings
 from onnxlr.model_io import from_proto, load, save
-from onnxlr.precision import half_types, widened, widened_feed
+from onnxlr.precision import float32_self, half_types, widened, widened_feed
 from onnxlr.report.terminal import render_report, render_validation
 from onnxlr.search import _costs
 from onnxlr.session import Session
@@ -128,6 +129,31 @@ def test_external_weights_are_read_and_nothing_is_written(tmp_path: Path) -> Non
     found = Session(self_of_it).run(widened_feed({"x": x}))["y"]
     assert relative(x.astype(float) @ weights["w"].astype(float) @ weights["v"].astype(float), found) < 1e-6
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_the_float32_self_of_a_model_with_external_data_is_on_disk_until_a_session_has_it(tmp_path: Path) -> None:
+    weights = {"w": random(1, 40, 30, dtype=np.float16), "v": random(2, 30, 20), "b": random(3, 20, dtype=np.float16)}
+    body = "p = MatMul(x, w) q = Cast<to = 1>(p) r = MatMul(q, v) k = Cast<to = 1>(b) y = Add(r, k)"
+    save(parsed("(float16[N, 40] x) => (float[N, 20] y)", body, **weights), tmp_path / "model.onnx", size_threshold=0)
+    model, x = load(tmp_path / "model.onnx"), random(3, 5, 40, dtype=np.float16)
+    with float32_self(model) as wide:
+        assert half_types(wide) == frozenset()
+        assert wide.folder != model.folder
+        stored = {tensor.name: tensor for tensor in wide.proto.graph.initializer}
+        assert [stored[name].data_location for name in "wvb"] == [TensorProto.EXTERNAL] * 2 + [TensorProto.DEFAULT]
+        session, place = Session(wide), wide.folder
+    assert not place.exists()
+    found, expected = (own.run(widened_feed({"x": x}))["y"] for own in (session, Session(widened(model))))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_noise_is_that_of_the_first_batches_where_outputs_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = two_layers("float16"), data("float16")
+    y = Session(from_proto(model)).run({"x": x})["y"]
+    noise = onnxlr.validate(model, model, {"x": x[:80]}, batch=40).noise
+    monkeypatch.setattr(importlib.import_module("onnxlr.validate"), "KEPT", x[:80].nbytes + y[:80].nbytes)
+    validation = onnxlr.validate(model, model, {"x": x}, batch=40)
+    assert (validation.samples, validation.noise) == (160, noise)
 
 
 def test_numbers_read_bit_by_bit_have_no_self() -> None:
