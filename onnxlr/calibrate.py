@@ -25,7 +25,7 @@ from onnxlr.liveness import keep_only
 from onnxlr.model_io import from_proto
 from onnxlr.nvidia import CUDA, TENSORRT
 from onnxlr.passes import in_passes
-from onnxlr.probes import Probe, as_seen, probe_key, site_probes
+from onnxlr.probes import Probe, as_seen, probe_key, probe_width, site_probes
 from onnxlr.running import packed_bytes
 from onnxlr.session import DEVICES, PROVIDERS, Session
 from onnxlr.sums import Sums
@@ -278,7 +278,7 @@ def _widths(weights: Iterable[Weight], objective: Objective) -> dict[Probe, int]
     for weight in weights:
         for site in weight.sites:
             for probe in site_probes(weight, site, objective):
-                widths[probe] = weight.d_out if probe[0] == site.seen_as(site.output) else weight.d_in
+                widths[probe] = probe_width(weight, site, probe)
     return widths
 
 

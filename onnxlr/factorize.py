@@ -55,7 +55,7 @@ class WeightDecomposition(Ordered):
     """The objective "weight" for `weight [d_in, d_out]`."""
 
     def __init__(self, weight: Matrix) -> None:
-        self._left, self._singular, self._right = scipy.linalg.svd(weight, full_matrices=False, check_finite=False)
+        self._left, self._singular, self._right = np.linalg.svd(weight, full_matrices=False)
         super().__init__(self._singular**2)
 
     def cut(self, rank: int) -> Factors:

@@ -16,10 +16,11 @@ from onnxlr.layer import Unread
 from onnxlr.offers import Group, Several, Shared, Single
 from onnxlr.order import blocks_among_units
 from onnxlr.plan import Option, joined
+from onnxlr.threads import cores, sharing_out
 from onnxlr.width import Elimination, narrower, stand_in
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
     Matrix = NDArray[np.float64]
 
+AT_ONCE = 4
+"""Groups that are decomposed at once, at most: each takes the memory of its moments, and some of it Python's lock."""
 NARROWED = (0.75, 0.5, 0.25)
 """The shares of a chain's hidden units at which the narrowed weights are offered as pairs and blocks as well."""
 
@@ -50,6 +53,11 @@ class Chained:
         layer = self.consumer.layer
         root = None if layer.gain is None else layer.gain.root
         return Elimination(layer.matrix, layer.moments, root, self._config.rank_multiple, self._cut_too)
+
+    def decompose(self) -> None:
+        for members in (self._whole, *self._narrowed.values()):
+            for group in members:
+                group.decompose()
 
     @property
     def widths(self) -> list[int]:
@@ -196,6 +204,18 @@ def _joined_options(groups: Sequence[Group], terms: Terms) -> list[Option[tuple[
 
 def _read_one_tensor(parts: Sequence[Part]) -> bool:
     return len({(part.weight.sites[0].input, part.weight.sites[0].input_axis) for part in parts}) == 1
+
+
+def decompose(groups: Sequence[Group], config: Config, progress: Callable[[int], None]) -> None:
+    """Decompose the weights of several groups at once, each in a thread; not where memory is scarce.
+
+    `progress` is called with the number of weights after each group.
+    """
+    if config.memory is not None:
+        return
+    with sharing_out(min(AT_ONCE, config.threads or cores())) as pool:
+        for members, _ in zip(groups, pool.map(lambda members: members.decompose(), groups), strict=True):
+            progress(len(members.parts))
 
 
 def group(parts: Sequence[Part], inventory: Inventory, config: Config) -> list[Group]:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-import scipy.linalg
 
 from onnxlr.factorize import (
     GroupedDecomposition,
@@ -115,7 +114,8 @@ class Layer:
             return foreseen_by_inputs(self.matrix, self.moments, self.gain)
         weighed = self._weighed()
         if weighed.moments is None:
-            return tails(scipy.linalg.svdvals(weighed.matrix, check_finite=False) ** 2)
+            singular = np.asarray(np.linalg.svd(weighed.matrix, compute_uv=False), np.float64)
+            return tails(singular**2)
         return foreseen_by_outputs(weighed.matrix, weighed.moments, observed_output=self.observed_output)
 
     def _weighed(self) -> Layer:

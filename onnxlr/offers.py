@@ -64,6 +64,9 @@ class Group(Protocol):
     def parts(self) -> Sequence[Part]:
         """All its weights."""
 
+    def decompose(self) -> None:
+        """Decompose what its offers need on whatever terms, which would else be done when they are asked for."""
+
     def options(self, terms: Terms) -> list[Option[Choice]]:
         """What it offers, dense or what the user demands at least."""
 
@@ -74,6 +77,11 @@ class Single:
     def __init__(self, part: Part) -> None:
         self.part = part
         self.parts = (part,)
+
+    def decompose(self) -> None:
+        self.part.decomposition.damage(0)
+        if self.part.split is not None:
+            self.part.separation.damage(0)
 
     def options(self, terms: Terms) -> list[Option[Choice]]:
         part = self.part
@@ -157,6 +165,10 @@ class Shared:
         self.parts = tuple(parts)
         self._stacked: tuple[tuple[float, ...], Decomposition] | None = None
 
+    def decompose(self) -> None:
+        for part in self.parts:
+            Single(part).decompose()
+
     def options(self, terms: Terms) -> list[Option[Choice]]:
         apart = side_by_side(self.parts, terms)
         importances = [terms.importance.get(part.name, 0.0) for part in self.parts]
@@ -227,6 +239,10 @@ class Several:
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = tuple(parts)
+
+    def decompose(self) -> None:
+        for part in self.parts:
+            Single(part).decompose()
 
     def options(self, terms: Terms) -> list[Option[Choice]]:
         return side_by_side(self.parts, terms)

@@ -10,6 +10,7 @@ from onnxlr.choice import Part, separable_ranks
 from onnxlr.errors import ConfigError
 from onnxlr.factorize import GroupedDecomposition, WeightDecomposition
 from onnxlr.gain import Gain
+from onnxlr.groups import AT_ONCE
 from onnxlr.layer import Layer, Unread, grouped
 from onnxlr.probes import (
     WIDEST,
@@ -51,7 +52,7 @@ def parts_of(case: Case, stats: Stats | None, config: Config) -> list[Part]:
         `stats` lacks the moments that the objective needs.
     """
     recent: Recent[Decomposition] | None = None if config.memory is None else Recent()
-    layers: Recent[Layer] = Recent()
+    layers: Recent[Layer] = Recent(1 if config.memory is not None else AT_ONCE)
     parts = (_part(case, weight, stats, config, layers) for weight in case.weights)
     return [replace(_with_split(part, case, stats, config), memory=recent) for part in parts]
 

@@ -49,6 +49,11 @@ def site_probes(weight: Weight, site: Site, objective: Objective) -> list[Probe]
     return [(site.seen_as(site.input), rows) for rows in site.input_rows]
 
 
+def probe_width(weight: Weight, site: Site, probe: Probe) -> int:
+    """The width of the rows of one of `site_probes`; an output head that is a table too reads the table's output."""
+    return weight.d_out if site.transposed or probe[0] == site.seen_as(site.output) else weight.d_in
+
+
 def as_seen(weights: Iterable[Weight], config: Config) -> Iterator[Weight]:
     """Every weight as each of the forms on offer sees it: some as they are, and by their patches."""
     for weight in weights:

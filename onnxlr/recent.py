@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from functools import cached_property
+from threading import Lock
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ T = TypeVar("T")
 
 
 class Recent(Generic[T]):
-    """What was used last, by its owner, who has to live on.
+    """What was used last, by its owner, who has to live on; of threads, each makes what it needs.
 
     Parameters
     ----------
@@ -33,16 +34,25 @@ class Recent(Generic[T]):
     def __init__(self, room: int = 1) -> None:
         self._room = room
         self._kept: OrderedDict[int, T] = OrderedDict()
+        self._lock = Lock()
 
     def get(self, owner: object, make: Callable[[], T]) -> T:
         """That of `owner`, made where it is not there any more."""
         key = id(owner)
-        if key not in self._kept:
-            while len(self._kept) >= self._room:
-                self._kept.popitem(last=False)
-            self._kept[key] = make()
-        self._kept.move_to_end(key)
-        return self._kept[key]
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+            self._leave(self._room - 1)
+        made = make()
+        with self._lock:
+            self._leave(self._room - 1)
+            self._kept[key] = made
+        return made
+
+    def _leave(self, room: int) -> None:
+        while len(self._kept) > room:
+            self._kept.popitem(last=False)
 
 
 class _Remade:

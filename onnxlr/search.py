@@ -17,7 +17,7 @@ from onnxlr.config import BUDGETS, Target
 from onnxlr.costs import Latency, Macs, Parameters, timed_dtype
 from onnxlr.data import batches, fixed_batch, sample_count, spread
 from onnxlr.errors import GateError
-from onnxlr.groups import group
+from onnxlr.groups import decompose, group
 from onnxlr.plan_file import load_plan, save_plan
 from onnxlr.quantize import quantize
 from onnxlr.rewrite import rewrite
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from onnxlr.data import Feed
     from onnxlr.forms import Stored
     from onnxlr.model_io import Model
+    from onnxlr.offers import Group
     from onnxlr.targets import Plan
     from onnxlr.trial import Observed
     from onnxlr.validate import Validation
@@ -72,8 +73,11 @@ def meet_target(
 
     @cache
     def chooser() -> Chooser:
+        groups = group(parts, case.inventory, config)
+        with clock.stage("factorize"):
+            decompose(groups, config, lambda done: progress("factorize", done, len(parts)))
         with clock.stage("importance"):
-            return _chooser(case, parts, config, labels, progress, work)
+            return _chooser(case, parts, groups, config, labels, progress, work)
 
     def planned(limit: float) -> Plan:
         # nothing to cut meets every bound, but no budget below the whole
@@ -198,6 +202,7 @@ def _metric_kept(validation: Validation, share: float) -> bool:
 def _chooser(
     case: Case,
     parts: Sequence[Part],
+    groups: Sequence[Group],
     config: Config,
     labels: NDArray[np.int64] | None,
     progress: Progress,
@@ -209,7 +214,6 @@ def _chooser(
     truth = None if labels is None else labels[[index for index, _ in numbered]]
     searched = config.target.kind in ("max_error", "min_metric_kept")
     held_out = trial.observe((sample for _, sample in numbered), truth) if searched else []
-    groups = group(parts, case.inventory, config)
     costs = _costs(case, config)
     keep = _keep(config, work)
     if not work.resumable:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import scipy.linalg
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -31,14 +30,13 @@ class Spectrum:
 
 def eigen(matrix: Matrix) -> Spectrum:
     """The spectrum of a symmetric positive semi-definite matrix [d, d], all d eigenpairs."""
-    values, vectors = scipy.linalg.eigh(matrix, check_finite=False, driver="evd")
+    values, vectors = np.linalg.eigh(matrix)
     return Spectrum(np.maximum(values[::-1], 0.0), vectors[:, ::-1])
 
 
 def eigenvalues(matrix: Matrix) -> Matrix:
     """Those of `eigen(matrix)` alone, descending [d]: less than half of its work."""
-    values = scipy.linalg.eigh(matrix, eigvals_only=True, check_finite=False, driver="evd")
-    descending: Matrix = np.maximum(values[::-1], 0.0)
+    descending: Matrix = np.maximum(np.linalg.eigvalsh(matrix)[::-1], 0.0)
     return descending
 
 
@@ -48,7 +46,7 @@ def output_spectrum(weight: Matrix, inputs: Spectrum) -> Spectrum:
     Computed as the singular values of `C^1/2 W`, which keeps twice the digits that forming `S` would.
     """
     root = np.sqrt(inputs.values)[:, None] * (inputs.vectors.T @ weight)
-    _, singular, right = scipy.linalg.svd(root, full_matrices=False, check_finite=False)
+    _, singular, right = np.linalg.svd(root, full_matrices=False)
     return Spectrum(singular**2, right.T)
 
 

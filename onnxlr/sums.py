@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from onnxlr.errors import DataError
 from onnxlr.gram import OnDemand
 from onnxlr.inner import outputs_of, pieces
-from onnxlr.probes import as_seen, probe_key, site_probes
+from onnxlr.probes import as_seen, probe_key, probe_width, site_probes
 from onnxlr.running import RunningMoments, drawn
 
 if TYPE_CHECKING:
@@ -59,10 +59,9 @@ class Sums:
         sites = ((weight, site) for weight in as_seen(weights, config) for site in weight.sites)
         for weight, site in sites:
             for probe in wanted.intersection(site_probes(weight, site, config.objective)):
-                of_output = probe[0] == site.seen_as(site.output)
-                width = weight.d_out if of_output else weight.d_in
-                self.running[probe] = RunningMoments(width, watched=config.rows == "auto")
+                self.running[probe] = RunningMoments(probe_width(weight, site, probe), watched=config.rows == "auto")
                 if site.bodies:
+                    of_output = probe[0] == site.seen_as(site.output)
                     self.inner[probe[0]] = (site.output if of_output else site.input, site.bodies)
 
     @property
