@@ -13,6 +13,7 @@ from onnxlr.errors import ConfigError
 from onnxlr.gathered import gather, require_same_model
 from onnxlr.probes import weight_moments, without_rows
 from onnxlr.spectrum import Utilization, eigen, output_spectrum, utilization
+from onnxlr.threads import AT_ONCE, sharing_out
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from onnxlr.case import ModelLike, Progress
     from onnxlr.data import ImageOptions
     from onnxlr.gram import Stats
+    from onnxlr.sites import Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,19 +78,27 @@ def analyze(
             raise ConfigError(f"energy must be above 0 and at most 1, not {energy}")
     case = prepare(model, calib, config, images)
     stats = require_same_model(stats, case.model) if stats else gather(case, config, progress)
-    rows, notes = [], [*case.notes]
-    for weight in case.weights:
+
+    def analyzed(weight: Weight) -> tuple[list[WeightAnalysis], list[str]]:
         matrices = case.inventory.matrix(weight).reshape(-1, weight.d_in, weight.d_out)
         moments_of_groups = weight_moments(stats, case.inventory, weight, "utilized")
         if why := without_rows(weight, min((own.count for own in moments_of_groups), default=0)):
-            notes.append(f"{weight.name} is left out: {why}")
-            continue
+            return [], [f"{weight.name} is left out: {why}"]
+        rows = []
         for group, moments in enumerate(moments_of_groups):
             inputs = eigen(moments.second)
             outputs = output_spectrum(matrices[group], inputs)
             at = tuple(utilization(matrices[group], inputs, outputs, energy) for energy in energies)
             name = weight.name if weight.groups == 1 else f"{weight.name}[{group}]"
             rows.append(WeightAnalysis(name, weight.labels, weight.d_in, weight.d_out, moments.count, at))
-        progress("analyze", 1, len(case.weights))
-    mlu = {e: float(np.mean([row.at[i].utilization for row in rows])) for i, e in enumerate(energies)} if rows else {}
-    return Analysis(tuple(rows), mlu, tuple(notes))
+        return rows, []
+
+    found: list[WeightAnalysis] = []
+    notes = [*case.notes]
+    with sharing_out(config.threads, most=AT_ONCE if config.memory is None else 1) as pool:
+        for rows, left_out in pool.map(analyzed, case.weights):
+            found += rows
+            notes += left_out
+            progress("analyze", 1, len(case.weights))
+    mlu = {e: float(np.mean([row.at[i].utilization for row in found])) for i, e in enumerate(energies)} if found else {}
+    return Analysis(tuple(found), mlu, tuple(notes))

@@ -16,7 +16,7 @@ from onnxlr.layer import Unread
 from onnxlr.offers import Group, Several, Shared, Single
 from onnxlr.order import blocks_among_units
 from onnxlr.plan import Option, joined
-from onnxlr.threads import cores, sharing_out
+from onnxlr.threads import AT_ONCE, sharing_out
 from onnxlr.width import Elimination, narrower, stand_in
 
 if TYPE_CHECKING:
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
     Matrix = NDArray[np.float64]
 
-AT_ONCE = 4
-"""Groups that are decomposed at once, at most: each takes the memory of its moments, and some of it Python's lock."""
 NARROWED = (0.75, 0.5, 0.25)
 """The shares of a chain's hidden units at which the narrowed weights are offered as pairs and blocks as well."""
 
@@ -213,7 +211,7 @@ def decompose(groups: Sequence[Group], config: Config, progress: Callable[[int],
     """
     if config.memory is not None:
         return
-    with sharing_out(min(AT_ONCE, config.threads or cores())) as pool:
+    with sharing_out(config.threads, most=AT_ONCE) as pool:
         for members, _ in zip(groups, pool.map(lambda members: members.decompose(), groups), strict=True):
             progress(len(members.parts))
 

@@ -10,7 +10,6 @@ from onnxlr.choice import Part, separable_ranks
 from onnxlr.errors import ConfigError
 from onnxlr.factorize import GroupedDecomposition, WeightDecomposition
 from onnxlr.gain import Gain
-from onnxlr.groups import AT_ONCE
 from onnxlr.layer import Layer, Unread, grouped
 from onnxlr.probes import (
     WIDEST,
@@ -25,6 +24,7 @@ from onnxlr.probes import (
 )
 from onnxlr.recent import Recent
 from onnxlr.separable import SeparableDecomposition, as_columns
+from onnxlr.threads import AT_ONCE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -33,6 +33,7 @@ from onnxlr.report import Quantized
 from onnxlr.search import bench_feed, finish, meet_target
 from onnxlr.summary import summarize
 from onnxlr.task_metrics import load_metric
+from onnxlr.threads import one_blas
 from onnxlr.work import working
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def compress(
     def source() -> str:
         return " ".join((case.fingerprint(), *(() if stats is None else stats.data)))
 
-    with working(work, source) as kept:
+    with working(work, source) as kept, one_blas():
         return _compress(
             case,
             stats,

@@ -177,6 +177,14 @@ def test_batches_do_not_matter(batch: int) -> None:
     assert_same(stats.moments["d"], whole.moments["d"], 1e-6)
 
 
+def test_threads_do_not_matter() -> None:
+    one, many = (gather(chain(), cut(X), threads=threads) for threads in (1, 5))
+    assert list(one.moments) == list(many.moments)
+    for key, moments in one.moments.items():
+        assert moments.count == many.moments[key].count
+        np.testing.assert_array_equal(moments.gram, many.moments[key].gram)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("double", 1e-12), ("float", SINGLE)])
 def test_shards_merge_to_the_single_pass(tmp_path: Path, dtype: str, tolerance: float) -> None:
     # one row a run in both, so that onnxruntime gives the same activations

@@ -21,7 +21,7 @@ from onnxlr.costs import Latency, Macs, Parameters
 from onnxlr.forms import MAX_CONDITION
 from onnxlr.gain import Gain
 from onnxlr.gram import Moments
-from onnxlr.groups import Chained, group
+from onnxlr.groups import Chained, decompose, group
 from onnxlr.importance import factors, measure_alone
 from onnxlr.layer import Layer
 from onnxlr.offers import Shared, Single
@@ -117,6 +117,32 @@ def offers(
     inventory, parts = inventory_of(name), parts_of(name, objective)
     terms = Terms(config, Parameters(inventory), ones(parts))
     return parts, [option for one in group(parts, inventory, config) for option in one.options(terms)]
+
+
+@pytest.mark.parametrize("objective", ["weight", "output", "fisher"])
+@pytest.mark.parametrize("name", BODIES)
+def test_what_is_decomposed_ahead_is_what_would_be_when_it_is_needed(name: str, objective: Objective) -> None:
+    config = Config(objective=objective, **SETTINGS | {"threads": 3})
+    inventory, seen = inventory_of(name), []
+    found = []
+    for ahead in (False, True):
+        parts = parts_of(name, objective)
+        groups = group(parts, inventory, config)
+        if ahead:
+            decompose(groups, config, seen.append)
+            assert all("decomposition" in vars(part) for part in parts)
+        terms = Terms(config, Parameters(inventory), ones(parts))
+        found.append([(o.cost, o.damage, o.choice.cuts) for one in groups for o in one.options(terms)])
+    assert sum(seen) == len(parts)
+    assert [(cost, cuts) for cost, _, cuts in found[0]] == [(cost, cuts) for cost, _, cuts in found[1]]
+    np.testing.assert_allclose(*([damage for _, damage, _ in own] for own in found), rtol=1e-9, atol=1e-12)
+
+
+def test_where_memory_is_scarce_nothing_is_decomposed_ahead() -> None:
+    config, parts, seen = Config(memory=10**6, **SETTINGS), parts_of("three"), []
+    decompose(group(parts, inventory_of("three"), config), config, seen.append)
+    assert seen == []
+    assert not any("decomposition" in vars(part) for part in parts)
 
 
 @pytest.mark.parametrize("objective", ["weight", "output"])

@@ -369,7 +369,8 @@ def test_the_python_api_in_memory() -> None:
     seen = {stage: sum(done for name, done, _ in progress if name == stage) for stage, _, _ in progress}
     assert seen["calibrate"] == report.samples == 280
     assert seen["validate"] == report.held_out == 40
-    assert seen["importance"] == 3
+    assert seen["factorize"] == seen["importance"] == 3
+    assert set(report.seconds) >= {"calibrate", "factorize", "importance", "search", "validate", "benchmark"}
 
 
 def test_the_validation_api_in_memory() -> None:
