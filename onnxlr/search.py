@@ -18,6 +18,7 @@ from onnxlr.costs import Latency, Macs, Parameters, timed_dtype
 from onnxlr.data import batches, fixed_batch, sample_count, spread
 from onnxlr.errors import GateError
 from onnxlr.groups import decompose, group
+from onnxlr.offers import Single
 from onnxlr.plan_file import load_plan, save_plan
 from onnxlr.quantize import quantize
 from onnxlr.rewrite import rewrite
@@ -71,19 +72,25 @@ def meet_target(
     """A plan, its models, and the validation that shows the target met on all held-out samples."""
     target = config.target
 
-    @cache
-    def chooser() -> Chooser:
-        groups = group(parts, case.inventory, config)
+    def factorized(groups: Sequence[Group]) -> Sequence[Group]:
         with clock.stage("factorize"):
             decompose(groups, config, lambda done: progress("factorize", done, len(parts)))
+        return groups
+
+    @cache
+    def chooser() -> Chooser:
+        groups = factorized(group(parts, case.inventory, config))
         with clock.stage("importance"):
             return _chooser(case, parts, groups, config, labels, progress, work)
 
     def planned(limit: float) -> Plan:
         # nothing to cut meets every bound, but no budget below the whole
         if target.kind == "energy" or not (parts or target.kind in BUDGETS):
+            factorized(list(map(Single, parts)))
             with clock.stage("search"):
-                return by_energy(parts, limit, config, _keep(config, work))
+                return by_energy(
+                    parts, limit, config, _keep(config, work), lambda done: progress("search", done, len(parts))
+                )
         own = chooser()
         with clock.stage("search"):
             plan = own.plan(limit)

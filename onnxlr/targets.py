@@ -144,10 +144,17 @@ class Planner:
         return self._rest + sum(min(option.cost for option in offer) for offer in self._offers.values())
 
 
-def by_energy(parts: Sequence[Part], energy: float, config: Config, keep: Keep = lambda stored: stored) -> Plan:
+def by_energy(
+    parts: Sequence[Part],
+    energy: float,
+    config: Config,
+    keep: Keep = lambda stored: stored,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Plan:
     """Every weight at the least rank that keeps `energy`, rounded up to the multiple; dense where that is no gain.
 
-    As pairs only: the rule is the one of arXiv 2407.04797. `keep` puts what is stored where there is room for it.
+    As pairs only: the rule is the one of arXiv 2407.04797. `keep` puts what is stored where there is room for it,
+    `progress` is called with 1 after each weight.
     """
     cuts: dict[str, Cut] = {}
     stored: dict[str, Stored] = {}
@@ -163,6 +170,7 @@ def by_energy(parts: Sequence[Part], energy: float, config: Config, keep: Keep =
             factors, damage = decomposition.cut_by_energy(energy, rank)
             cuts[part.name], stored[part.name] = Cut("pair", rank), keep(part.put(factors))
         kept[part.name] = 1 - damage / decomposition.total if decomposition.total else 1.0
+        progress(1)
     return Plan(cuts, stored, kept, None)
 
 

@@ -373,6 +373,15 @@ def test_the_python_api_in_memory() -> None:
     assert set(report.seconds) >= {"calibrate", "factorize", "importance", "search", "validate", "benchmark"}
 
 
+@pytest.mark.parametrize("memory", [None, 10**6])
+def test_progress_by_energy_counts_weights(memory: int | None) -> None:
+    progress: list[tuple[str, int, int | None]] = []
+    config = Config(target=Target("energy", 0.9), memory=memory, **FINE)
+    onnxlr.compress(mlp(), FEEDS, config, progress=lambda *step: progress.append(step))
+    ahead = [("factorize", 1, 3)] * (0 if memory else 3)
+    assert [step for step in progress if step[0] in ("factorize", "search")] == [*ahead, *[("search", 1, 3)] * 3]
+
+
 def test_the_validation_api_in_memory() -> None:
     worse = mlp()
     tensor = next(tensor for tensor in worse.graph.initializer if tensor.name == "w3")
