@@ -79,9 +79,9 @@ class _Remade:
             damages.append(self._whole.damage(len(damages)))
         return damages
 
-    @cached_property
+    @property
     def total(self) -> float:
-        return self._whole.total if self._foresee is None else self._damages[0]
+        return self._damages[0]
 
     def damage(self, rank: int) -> float:
         return self._damages[rank] if rank < len(self._damages) else 0.0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -182,6 +183,25 @@ def test_what_is_foreseen_is_decomposed_only_for_its_factors() -> None:
     assert not made
     assert found.cut(3).rank == 3
     assert len(made) == 1
+
+
+def test_a_decomposition_is_made_again_for_its_factors_alone() -> None:
+    rng, recent = np.random.default_rng(0), Recent[Any]()
+    made: list[int] = []
+    own = [Layer(rng.standard_normal((6, 4)), Moments.of(rng.standard_normal((30, 6)))) for _ in range(2)]
+
+    def make(number: int) -> Decomposition:
+        made.append(number)
+        return own[number].decompose()
+
+    first, second = (decomposed(partial(make, number), recent) for number in range(2))
+    wholes = [layer.decompose() for layer in own]
+    for decomposition, whole in zip((first, second), wholes, strict=True):
+        assert [decomposition.damage(rank) for rank in range(6)] == [whole.damage(rank) for rank in range(6)]
+    assert (first.total, second.total) == (wholes[0].total, wholes[1].total) == (first.damage(0), second.damage(0))
+    assert made == [0, 1]
+    np.testing.assert_array_equal(first.unbalanced(2).first, own[0].decompose().unbalanced(2).first)
+    assert made == [0, 1, 0]
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
