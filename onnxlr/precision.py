@@ -18,7 +18,7 @@ import onnx
 from onnx import AttributeProto, TensorProto
 
 from onnxlr.data_file import DataFile
-from onnxlr.errors import ModelError
+from onnxlr.errors import ModelError, OutputError
 from onnxlr.external_data import is_external
 from onnxlr.model_io import from_proto
 from onnxlr.protos import PAYLOAD, copy_around_tensors, copy_fields, tensors
@@ -95,12 +95,16 @@ def float32_self(model: Model) -> Iterator[Model]:
     ModelError, ExternalDataError
         As `widened`.
     OutputError
-        The temporary folder has no room for them.
+        The temporary folder cannot be written, or has no room for them.
     """
     if not model.external_files:
         yield widened(model)
         return
-    with tempfile.TemporaryDirectory(prefix="onnxlr.") as folder, DataFile(Path(folder)) as data:
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="onnxlr.")
+    except OSError as error:
+        raise OutputError(f"the temporary folder cannot be written: {error.strerror or error}") from error
+    with folder as place, DataFile(Path(place)) as data:
         yield widened(model, data)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import tempfile
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -145,6 +146,17 @@ def test_the_float32_self_of_a_model_with_external_data_is_on_disk_until_a_sessi
     assert not place.exists()
     found, expected = (own.run(widened_feed({"x": x}))["y"] for own in (session, Session(widened(model))))
     np.testing.assert_array_equal(found, expected)
+
+
+def test_without_room_for_the_float32_self_there_is_no_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(from_proto(two_layers("float16")), tmp_path / "model.onnx", size_threshold=0)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    validation = onnxlr.validate(tmp_path / "model.onnx", tmp_path / "model.onnx", {"x": data("float16")})
+    assert validation.error == 0
+    assert (validation.noise, validation.no_noise) == (
+        None,
+        "the temporary folder cannot be written: No such file or directory",
+    )
 
 
 def test_noise_is_that_of_the_first_batches_where_outputs_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
