@@ -46,8 +46,8 @@ class Recent(Generic[T]):
             self._leave(self._room - 1)
         made = make()
         with self._lock:
-            self._leave(self._room - 1)
             self._kept[key] = made
+            self._leave(self._room)
         return made
 
     def _leave(self, room: int) -> None:

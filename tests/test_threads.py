@@ -73,7 +73,7 @@ def test_threads_find_what_is_their_own_among_what_was_used_last() -> None:
 
     with sharing_out(4) as pool:
         assert all(pool.map(look, range(200)))
-    assert len(recent._kept) == 2
+    assert len(recent._kept) <= 2
     made.clear()
     kept = [owner for owner in owners if id(owner) in recent._kept]
     assert [recent.get(owner, lambda: -1) for owner in kept] == [owners.index(owner) for owner in kept]
