@@ -25,7 +25,7 @@ from onnxlr.liveness import keep_only
 from onnxlr.model_io import from_proto
 from onnxlr.nvidia import CUDA, TENSORRT
 from onnxlr.passes import in_passes
-from onnxlr.probes import Probe, as_seen, probe_key, probe_width, site_probes
+from onnxlr.probes import Probe, as_seen, probe_key, probe_width, sightings, site_probes
 from onnxlr.running import packed_bytes
 from onnxlr.session import DEVICES, PROVIDERS, Session
 from onnxlr.sums import Sums
@@ -125,9 +125,8 @@ def accumulate(
 
 def _passes(weights: Sequence[Weight], config: Config) -> list[list[list[Probe]]]:
     """All probes, by pass and then by what is added up, in the order of the graph: early passes need little of it."""
-    seen = list(as_seen(weights, config))
-    widths = _widths(seen, config.objective)
-    together = _added_up(seen, config.objective)
+    widths = {probe: probe_width(weight, site, probe) for weight, site, probe in sightings(weights, config)}
+    together = _added_up(as_seen(weights, config), config.objective)
     size = gram_bytes if _stays_on_device(config) else packed_bytes
     return in_passes(together, lambda own: sum(size(widths[probe]) for probe in own), config.memory)
 
@@ -270,16 +269,6 @@ def _added_up(weights: Iterable[Weight], objective: Objective) -> list[list[Prob
             own = other | own
         sets.append(own)
     return [list(own) for own in sets]
-
-
-def _widths(weights: Iterable[Weight], objective: Objective) -> dict[Probe, int]:
-    """The width of the rows of every probe."""
-    widths = {}
-    for weight in weights:
-        for site in weight.sites:
-            for probe in site_probes(weight, site, objective):
-                widths[probe] = probe_width(weight, site, probe)
-    return widths
 
 
 def data_fingerprint(samples: Iterable[Sample]) -> str:

@@ -225,6 +225,12 @@ class Part:
         assert self.narrowing is not None
         return self.layer.foresee() if self.narrowing.foreseen is None else self.narrowing.foreseen
 
+    def decompose(self) -> None:
+        """Make what its damages take now rather than when they are asked for."""
+        self.decomposition.damage(0)
+        if self.split is not None:
+            self.separation.damage(0)
+
     def pair(self, rank: int, *, final: bool = True) -> Stored:
         """Its two factors; unless they are `final` only their product counts, and it is had for less."""
         return self.put(cut(self.decomposition, rank, final=final))

@@ -79,9 +79,7 @@ class Single:
         self.parts = (part,)
 
     def decompose(self) -> None:
-        self.part.decomposition.damage(0)
-        if self.part.split is not None:
-            self.part.separation.damage(0)
+        self.part.decompose()
 
     def options(self, terms: Terms) -> list[Option[Choice]]:
         part = self.part
@@ -167,7 +165,7 @@ class Shared:
 
     def decompose(self) -> None:
         for part in self.parts:
-            Single(part).decompose()
+            part.decompose()
 
     def options(self, terms: Terms) -> list[Option[Choice]]:
         apart = side_by_side(self.parts, terms)
@@ -242,7 +240,7 @@ class Several:
 
     def decompose(self) -> None:
         for part in self.parts:
-            Single(part).decompose()
+            part.decompose()
 
     def options(self, terms: Terms) -> list[Option[Choice]]:
         return side_by_side(self.parts, terms)

@@ -62,6 +62,14 @@ def as_seen(weights: Iterable[Weight], config: Config) -> Iterator[Weight]:
             yield weight.in_strips
 
 
+def sightings(weights: Iterable[Weight], config: Config) -> Iterator[tuple[Weight, Site, Probe]]:
+    """All that has to be observed: each of `as_seen` at each of its sites, with one of its probes there."""
+    for weight in as_seen(weights, config):
+        for site in weight.sites:
+            for probe in site_probes(weight, site, config.objective):
+                yield weight, site, probe
+
+
 def splits(weight: Weight, config: Config) -> bool:
     """Whether the kernel of a weight may be split, for all that its geometry and the settings say."""
     asked = "separable" in config.forms and config.objective != "utilized" and config.target.kind != "energy"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from onnxlr.errors import DataError
 from onnxlr.gram import OnDemand
 from onnxlr.inner import outputs_of, pieces
-from onnxlr.probes import as_seen, probe_key, probe_width, site_probes
+from onnxlr.probes import probe_key, probe_width, sightings
 from onnxlr.running import RunningMoments, drawn
 
 if TYPE_CHECKING:
@@ -56,13 +56,14 @@ class Sums:
         self.inner: dict[str, tuple[str, tuple[Body, ...]]] = {}
         """The tensor, and the bodies it is in, of every probe in a body."""
         wanted = {probe for own in together for probe in own}
-        sites = ((weight, site) for weight in as_seen(weights, config) for site in weight.sites)
-        for weight, site in sites:
-            for probe in wanted.intersection(site_probes(weight, site, config.objective)):
+        for weight, site, probe in sightings(weights, config):
+            if probe not in wanted:
+                continue
+            if probe not in self.running:
                 self.running[probe] = RunningMoments(probe_width(weight, site, probe), watched=config.rows == "auto")
-                if site.bodies:
-                    of_output = probe[0] == site.seen_as(site.output)
-                    self.inner[probe[0]] = (site.output if of_output else site.input, site.bodies)
+            if site.bodies:
+                of_output = probe[0] == site.seen_as(site.output)
+                self.inner[probe[0]] = (site.output if of_output else site.input, site.bodies)
 
     @property
     def wanted(self) -> list[Probe]:

@@ -41,7 +41,6 @@ from onnx import TensorProto, helper, numpy_helper
 SAMPLE = Path(__file__).parent.parent / "samples" / "fashion_vit"
 OWN = ("all rows", "without width", "rows auto")
 PASSES = ("inference", *OWN, "MinMax", "Entropy")
-BATCH = 8
 
 
 class Network:
@@ -138,7 +137,7 @@ MODELS = {
 }
 
 
-def run(name: str, model: Path, calib: Path, mask: str | None, provider: str) -> dict[str, float]:
+def run(name: str, model: Path, calib: Path, mask: str | None, provider: str, batch: int) -> dict[str, float]:
     """One pass in this process: its seconds, its processor seconds and its peak in bytes."""
     import onnxruntime.quantization.calibrate as calibrators
 
@@ -154,13 +153,13 @@ def run(name: str, model: Path, calib: Path, mask: str | None, provider: str) ->
     inputs = Session(loaded, provider=provider, optimize=False).inputs
     samples = list(open_data(calib, inputs))
     rows = "auto" if name == "rows auto" else "all"
-    config = onnxlr.Config(objective="output", mask=mask, batch=BATCH, rows=rows, provider=provider)
+    config = onnxlr.Config(objective="output", mask=mask, batch=batch, rows=rows, provider=provider)
     inventory = take_inventory(loaded)
     result = {}
     start, spent = time.perf_counter(), time.process_time()
     if name == "inference":
         session = Session(loaded, provider=provider)
-        for feed in batches(samples, BATCH, inputs):
+        for feed in batches(samples, batch, inputs):
             session.run(feed)
     elif name in OWN:
         if name == "without width":
@@ -169,7 +168,7 @@ def run(name: str, model: Path, calib: Path, mask: str | None, provider: str) ->
         stats = accumulate(loaded, inventory, samples, inputs, config)
         result["samples"] = stats.samples
     else:
-        feeds = batches(samples, BATCH, inputs)
+        feeds = batches(samples, batch, inputs)
 
         class Reader(calibrators.CalibrationDataReader):
             def get_next(self) -> Any:
@@ -216,7 +215,7 @@ def measure(model: Path, calib: Path, arguments: argparse.Namespace) -> None:
     for _ in range(arguments.rounds):
         for name in found:
             command = [sys.executable, __file__, "--run", name, "--models", str(model), "--calib", str(calib)]
-            command += ["--provider", arguments.provider]
+            command += ["--provider", arguments.provider, "--batch", str(arguments.batch)]
             command += ["--mask", arguments.mask] if arguments.mask else []
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             found[name].append(json.loads(done.stdout.splitlines()[-1]))
@@ -247,15 +246,15 @@ def main() -> None:
     parser.add_argument("--calib", type=Path)
     parser.add_argument("--mask")
     parser.add_argument("--samples", type=int, default=32, help="of the models with random weights")
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--provider", default="cpu")
     parser.add_argument("--passes", default=",".join(PASSES), type=lambda text: text.split(","))
     parser.add_argument("--run", choices=PASSES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run:
-        print(
-            json.dumps(run(arguments.run, Path(arguments.models), arguments.calib, arguments.mask, arguments.provider))
-        )
+        own = (arguments.mask, arguments.provider, arguments.batch)
+        print(json.dumps(run(arguments.run, Path(arguments.models), arguments.calib, *own)))
         return
     for name in arguments.models.split(","):
         with tempfile.TemporaryDirectory() as folder:
