@@ -19,6 +19,7 @@ import onnx
 from onnxlr.data import batches, sample_count
 from onnxlr.errors import DataError
 from onnxlr.gram import Stats, beside
+from onnxlr.heap import release
 from onnxlr.in_graph import InGraph, gram_bytes, taken
 from onnxlr.inner import bring_out, outputs_of
 from onnxlr.liveness import keep_only
@@ -206,6 +207,8 @@ class _Probed:
         )
         self._in_graph: InGraph | None = None
         self._model = extended if _stays_on_device(config) else None  # or the weights are in memory twice
+        del extended
+        release()
 
     def run(self, feed: Feed, probes: Sequence[Probe], first: int) -> Feed:
         """The tensors of `probes` of one batch, which begins with sample `first`, and the feed."""
