@@ -7,7 +7,7 @@ print(report.after.parameters / report.before.parameters, report.validation.erro
 """
 
 from onnxlr.analyze import Analysis, analyze
-from onnxlr.api import calibrate, finetune, inspect, validate
+from onnxlr.api import Inspection, calibrate, finetune, inspect, validate
 from onnxlr.config import Config, Target, Tuning
 from onnxlr.data import ImageOptions
 from onnxlr.errors import OnnxlrError
@@ -25,6 +25,7 @@ __all__ = [
     "Config",
     "Export",
     "ImageOptions",
+    "Inspection",
     "Model",
     "OnnxlrError",
     "Profile",

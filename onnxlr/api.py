@@ -153,8 +153,8 @@ def calibrate(
 
 
 def finetune(
-    small: ModelLike,
     dense: ModelLike,
+    small: ModelLike,
     calib: object,
     tuning: Tuning | None = None,
     config: Config | None = None,
@@ -172,7 +172,7 @@ def finetune(
 
     Parameters
     ----------
-    small, dense
+    dense, small
         Paths, `Model`s or ModelProtos.
     calib
         Whatever `onnxlr.data.open_data` takes. The same part is held out as in `compress`.

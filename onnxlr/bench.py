@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onnxlr.errors import ConfigError
-from onnxlr.session import PROVIDERS, Session
+from onnxlr.session import PROVIDERS, Session, provider_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -129,7 +129,7 @@ def clock_of(provider: str, threads: int) -> Callable[[], float]:
     A single thread on the CPU is timed by its own processor time, which other load on the machine does not enter, where
     the system counts it finely enough; all else by the wall clock.
     """
-    alone = PROVIDERS.get(provider.lower(), provider) == PROVIDERS["cpu"] and threads == 1
+    alone = provider_name(provider) == PROVIDERS["cpu"] and threads == 1
     return time.thread_time if alone and time.get_clock_info("thread_time").resolution <= 1e-6 else time.perf_counter
 
 

@@ -28,7 +28,7 @@ from onnxlr.nvidia import CUDA, TENSORRT
 from onnxlr.passes import in_passes
 from onnxlr.probes import Probe, as_seen, probe_key, probe_width, sightings, site_probes
 from onnxlr.running import packed_bytes
-from onnxlr.session import DEVICES, PROVIDERS, Session
+from onnxlr.session import DEVICES, Session, provider_name
 from onnxlr.sums import Sums
 from onnxlr.threads import sharing_out
 
@@ -134,7 +134,7 @@ def _passes(weights: Sequence[Weight], config: Config) -> list[list[list[Probe]]
 
 def _provider(config: Config) -> str:
     """What calibration runs in."""
-    provider = PROVIDERS.get(config.provider.lower(), config.provider)
+    provider = provider_name(config.provider)
     return CUDA if provider == TENSORRT else provider
 
 

@@ -7,6 +7,7 @@ shards, processes and machines merge into exactly those of a single pass, up to 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -142,7 +143,7 @@ class Stats:
     samples
         Samples that were calibrated on, held-out ones left out.
     moments
-        By tensor; ":rows" is appended to its name where the features lie on axis -2.
+        By `onnxlr.probes.probe_key`: the name of a tensor and how its rows lie in it; gradients by `gradient_keys`.
     holdout_every
         Every how many samples one was held out and never calibrated on.
     no_gradients
@@ -169,6 +170,10 @@ class Stats:
         if self.moments.keys() != other.moments.keys():
             differing = sorted(self.moments.keys() ^ other.moments.keys())
             raise StatsError(f"moments of different tensors do not add: only one of the files has {differing[0]!r}")
+        if twice := set(self.data) & set(other.data):
+            raise StatsError(
+                f"two of the shards are of the same data (sha256 {min(twice)[:12]}): each counts once, so leave one out"
+            )
         if self.holdout_every != other.holdout_every:
             raise StatsError(
                 f"shards with different held-out shares do not add: "
@@ -185,6 +190,16 @@ class Stats:
             ),
             self.no_gradients or other.no_gradients,
         )
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over what tells these moments from others, of other data or of gradients of another loss."""
+        digest = hashlib.sha256()
+        for key in sorted(self.moments):
+            value = self.moments[key]
+            digest.update(f"{key} {value.count}".encode())
+            digest.update(value.total.tobytes())
+            digest.update(np.diagonal(value.gram).tobytes())
+        return digest.hexdigest()
 
     def save(self, path: Path, *, force: bool = False) -> None:
         """Write as safetensors, whole or not at all, one tensor's moments in memory at a time.

@@ -80,7 +80,8 @@ def _narrowed(group: Chained, trial: Trial, probed: Observed, least: float) -> f
         return 0.0
     width = widths[len(widths) // 2]
     damage = group.elimination.damage(width)
-    return _tried(group.parts, lambda: group.store_narrowed(width), group.consumer, damage, trial, probed, least)
+    total = group.elimination.damage(0)
+    return _tried(group.parts, lambda: group.store_narrowed(width), damage, total, trial, probed, least)
 
 
 def _alone(part: Part, trial: Trial, probed: Observed, config: Config, least: float) -> float:
@@ -90,8 +91,8 @@ def _alone(part: Part, trial: Trial, probed: Observed, config: Config, least: fl
     if not offered:
         return 0.0
     rank = min(offered, key=lambda rank: abs(rank - middle))
-    damage = part.decomposition.damage(rank)
-    return _tried([part], lambda: {part.name: part.pair(rank, final=False)}, part, damage, trial, probed, least)
+    damage, total = part.decomposition.damage(rank), part.decomposition.total
+    return _tried([part], lambda: {part.name: part.pair(rank, final=False)}, damage, total, trial, probed, least)
 
 
 def _separated(part: Part, trial: Trial, probed: Observed, config: Config, least: float) -> float:
@@ -99,27 +100,27 @@ def _separated(part: Part, trial: Trial, probed: Observed, config: Config, least
     if not offered:
         return 0.0
     rank = offered[len(offered) // 2]
-    damage = part.separation.damage(rank)
-    return _tried([part], lambda: {part.name: part.separable(rank)}, part, damage, trial, probed, least)
+    damage, total = part.separation.damage(rank), part.separation.total
+    return _tried([part], lambda: {part.name: part.separable(rank)}, damage, total, trial, probed, least)
 
 
 def _tried(
     parts: Sequence[Part],
     store: Callable[[], Mapping[str, Stored]],
-    part: Part,
     damage: float,
+    total: float,
     trial: Trial,
     probed: Observed,
     least: float,
 ) -> float:
-    """The importance of `part` by what the model makes of `parts` stored so; 0 where that does no damage."""
+    """The importance of a damage, by what the model makes of `parts` stored so; 0 where there is none.
+
+    `total` is the damage of cutting everything: an error of no more than `least` says that it never ran.
+    """
     if damage <= 0:
         return 0.0
-    return _importance(part, trial.error(factors(parts, store()), probed), damage, least)
-
-
-def _importance(part: Part, error: float, damage: float, least: float) -> float:
-    return error**2 / damage if error > least else 1 / part.decomposition.total
+    error = trial.error(factors(parts, store()), probed)
+    return error**2 / damage if error > least else 1 / total
 
 
 def _is_nested(group: Group) -> bool:

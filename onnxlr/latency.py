@@ -43,7 +43,7 @@ from onnx import TensorProto, helper
 
 from onnxlr.bench import clock_of
 from onnxlr.errors import ConfigError
-from onnxlr.session import PROVIDERS, Session
+from onnxlr.session import PROVIDERS, Session, provider_name
 from onnxlr.sites.convolution import Convolution
 from onnxlr.timed_graph import concat, convolve, groups, matmul, tree
 
@@ -104,7 +104,7 @@ class Timings:
         if dtype not in DTYPES:
             raise ConfigError(f"dtype {dtype!r}: products are timed in {', '.join(DTYPES)}")
         self._provider, self._threads, self._dtype = provider, threads, dtype
-        self._columns = KERNEL_COLUMNS if PROVIDERS.get(provider.lower(), provider) == PROVIDERS["cpu"] else 1
+        self._columns = KERNEL_COLUMNS if provider_name(provider) == PROVIDERS["cpu"] else 1
         self._clock = clock_of(provider, threads)
         self._pace: dict[int, float] = {}  # of the reference when the first times were taken, by the runs of a leaf
         self._products: dict[Over, Table] = {}

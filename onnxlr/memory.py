@@ -55,7 +55,8 @@ def peak_memory(model: Model, feed: Feed, *, provider: str = "cpu", threads: int
             path = Path(folder, "model.onnx")
             save(model, path, check=False)
         done = subprocess.run(
-            [sys.executable, "-c", "from onnxlr.memory import answer; answer()"],
+            # -P: whatever lies in the folder that one happens to be in is not imported
+            [sys.executable, "-P", "-c", "from onnxlr.memory import answer; answer()"],
             input=pickle.dumps((path, feed, provider, threads)),
             capture_output=True,
             check=False,
@@ -70,14 +71,14 @@ def answer() -> None:
     """In the fresh process: read what to run from stdin, write the bytes to stdout."""
     path, feed, provider, threads = pickle.load(sys.stdin.buffer)
     import_onnxruntime()
-    before = _largest()
+    before = largest_resident()
     session = Session(path, provider=provider, threads=threads)
     for _ in range(RUNS):
         session.run(feed)
-    sys.stdout.write(str(_largest() - before))
+    sys.stdout.write(str(largest_resident() - before))
 
 
-def _largest() -> int:
+def largest_resident() -> int:
     """Bytes; `getrusage` would on Linux begin with what the parent had when it started this process."""
     if _STATUS.exists():
         line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from onnxlr.case import Case, ModelLike, Progress
-    from onnxlr.config import Tuning
+    from onnxlr.config import Form, Tuning
     from onnxlr.data import ImageOptions
     from onnxlr.gram import Stats
     from onnxlr.model_io import Model
@@ -101,8 +101,9 @@ def compress(
         raise ConfigError("--min-metric-kept needs --labels: one label for every sample of --calib")
     if config.metric != "top1" and labels is None:
         raise ConfigError(f"--metric {config.metric} needs --labels: one label for every sample of --calib")
-    require_loss_of_use(config, labels)
-    if tuning is not None:
+    if tuning is None:
+        require_loss_of_use(config, labels)
+    else:
         require_tuning(tuning, labels)
         require_one_process()
     load_metric(config.metric)
@@ -111,10 +112,7 @@ def compress(
     path = None if output is None else Path(output)
     if path is not None:
         require_writable(path, force=force)
-    if config.then in ("int8", "int8-static") and config.forms != {"block"}:
-        config = replace(config, forms=config.forms - {"block"})
-    if config.objective == "utilized":  # it has no least squares to narrow a layer or to share a factor by
-        config = replace(config, forms=config.forms & {"pair", "block"})
+    config = replace(config, forms=_of_use(config))
     clock = Clock()
     with clock.stage("prepare"):
         case = prepare(model, calib, config, images)
@@ -122,7 +120,7 @@ def compress(
         require_held_out(case)
 
     def source() -> str:
-        return " ".join((case.fingerprint(), *(() if stats is None else stats.data)))
+        return case.fingerprint() if stats is None else f"{case.fingerprint()} {stats.fingerprint()}"
 
     with working(work, source) as kept, one_blas():
         return _compress(
@@ -137,6 +135,26 @@ def compress(
             clock=clock,
             progress=progress,
         )
+
+
+def _of_use(config: Config) -> frozenset[Form]:
+    """Of the forms on offer, those that the rest of the settings leave.
+
+    Raises
+    ------
+    ConfigError
+        None of them.
+    """
+    forms, why = config.forms, f"objective {config.objective}"
+    if config.objective == "utilized":  # it has no least squares to narrow a layer or to share a factor by
+        forms &= {"pair", "block"}
+    if config.then in ("int8", "int8-static"):
+        forms, why = forms - {"block"}, f"--then {config.then}"
+    if config.target.kind == "energy":
+        forms, why = forms & {"pair"}, "--energy"
+    if not forms:
+        raise ConfigError(f"of --forms {','.join(sorted(config.forms))} none is of use with {why}: add pair")
+    return forms
 
 
 def _compress(

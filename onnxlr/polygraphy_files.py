@@ -43,7 +43,7 @@ from polygraphy.logger import G_LOGGER
 from onnxlr.errors import ConfigError, DataError, ModelError, OutputError
 from onnxlr.files import replacing, require_writable
 from onnxlr.metrics import is_floating
-from onnxlr.session import PROVIDERS
+from onnxlr.session import PROVIDERS, provider_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -147,6 +147,22 @@ def run_comparator(
     return _verdicts(results, tolerances(_outputs(results), max_error))
 
 
+def require_room(folder: Path, *, force: bool = False) -> None:
+    """Refuse a folder that `write_polygraphy` could not write to, before the work begins; it is made where it lacks.
+
+    Raises
+    ------
+    OutputError
+        A file exists already and `force` is not set, or the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be created: {error.strerror or error}") from error
+    for file in (INPUTS, OUTPUTS, SCRIPT):
+        require_writable(folder / file, force=force)
+
+
 def write_polygraphy(
     folder: Path,
     a_path: Path,
@@ -169,12 +185,7 @@ def write_polygraphy(
     ConfigError, DataError, ModelError
         As `run_comparator`.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be created: {error.strerror or error}") from error
-    for file in (INPUTS, OUTPUTS, SCRIPT):
-        require_writable(folder / file, force=force)
+    require_room(folder, force=force)
     results = _run(a_path, b_path, feeds, provider)
     chosen = tolerances(_outputs(results), max_error)
     reference = RunResults()
@@ -195,7 +206,7 @@ def command_line(model: str, chosen: Mapping[str, Tolerance], provider: str = "c
     quantiles = [f"{name}:{limit.quantile!r}" for name, limit in chosen.items() if limit.quantile is not None]
     return [
         *("polygraphy", "run", model, "--onnxrt"),
-        *(() if provider.lower() == "cpu" else ("--providers", PROVIDERS.get(provider.lower(), provider))),
+        *(() if provider_name(provider) == PROVIDERS["cpu"] else ("--providers", provider_name(provider))),
         *("--load-inputs", INPUTS, "--load-outputs", OUTPUTS),
         *("--check-error-stat", *(f"{name}:{limit.statistic}" for name, limit in chosen.items())),
         *(("--error-quantile", *quantiles) if quantiles else ()),
@@ -224,7 +235,7 @@ def _script(model: str, chosen: Mapping[str, Tolerance], provider: str) -> str:
 def _run(a_path: Path, b_path: Path, feeds: Sequence[Mapping[str, Array]], provider: str) -> Any:
     if not feeds:
         raise DataError("Polygraphy has no feed to compare on: give at least one")
-    providers = [PROVIDERS.get(provider.lower(), provider)]
+    providers = [provider_name(provider)]
     runners = [
         OnnxrtRunner(SessionFromOnnx(os.fspath(path), providers=providers), name=f"{letter}: {path.name}")
         for letter, path in (("A", a_path), ("B", b_path))

@@ -72,8 +72,7 @@ def sightings(weights: Iterable[Weight], config: Config) -> Iterator[tuple[Weigh
 
 def splits(weight: Weight, config: Config) -> bool:
     """Whether the kernel of a weight may be split, for all that its geometry and the settings say."""
-    asked = "separable" in config.forms and config.objective != "utilized" and config.target.kind != "energy"
-    return asked and weight.taps > 1
+    return "separable" in config.forms and config.objective != "utilized" and weight.taps > 1
 
 
 def probes(weights: Iterable[Weight], objective: Objective) -> list[Probe]:

@@ -92,6 +92,11 @@ def element_type(name: str) -> np.dtype[Any]:
     return np.dtype(names.get(element, element))
 
 
+def provider_name(provider: str) -> str:
+    """Onnxruntime's own name of a provider, from that or from a key of `PROVIDERS`."""
+    return PROVIDERS.get(provider.lower(), provider)
+
+
 class Session:
     """A model loaded into onnxruntime.
 
@@ -145,7 +150,7 @@ class Session:
     ) -> None:
         ort = import_onnxruntime()
         self.name = str((model if isinstance(model, Path) else model.path) or "the model")
-        self.provider = PROVIDERS.get(provider.lower(), provider)
+        self.provider = provider_name(provider)
         self.device = DEVICES.get(self.provider, "")
         if self.provider not in ort.get_available_providers():
             raise InstallError(

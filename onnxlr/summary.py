@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import resource
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from onnxlr.choice import Cut, best_side, block_ranks, pair_ranks, separable_ranks
+from onnxlr.memory import largest_resident
 from onnxlr.report import ModelFigures, RefusalReport, Report, WeightReport
 from onnxlr.rewrite import copies, new_biases
 from onnxlr.session import import_onnxruntime
@@ -81,7 +81,7 @@ def summarize(
         refusals=tuple(RefusalReport(r.name, r.op, r.reason, r.parameters, r.macs) for r in case.inventory.refusals),
         warnings=tuple(_warnings(case, parts, weights, validation, counted=None not in fused)),
         seconds=seconds,
-        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_memory_bytes=largest_resident(),
         versions={
             "onnxlr": version("onnxlr"),
             "onnx": version("onnx"),

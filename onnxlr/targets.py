@@ -152,7 +152,6 @@ def by_energy(
     progress: Callable[[int], None] = lambda _: None,
 ) -> Plan:
     """Every weight at the least rank that keeps `energy`, rounded up to the multiple; dense where that is no gain.
-
     As pairs only: the rule is the one of arXiv 2407.04797. `keep` puts what is stored where there is room for it,
     `progress` is called with 1 after each weight.
     """
@@ -161,7 +160,8 @@ def by_energy(
     kept: dict[str, float] = {}
     for part in parts:
         decomposition, weight = part.decomposition, part.weight
-        rank = part.fixed or -(-decomposition.rank_for(energy) // config.rank_multiple) * config.rank_multiple
+        least = max(decomposition.rank_for(energy), config.floor * min(weight.d_in, weight.d_out))
+        rank = part.fixed or math.ceil(least / config.rank_multiple) * config.rank_multiple
         cuts[part.name], damage = Cut(), 0.0
         if part.fixed is not None:
             cuts[part.name], stored[part.name] = Cut("pair", rank), keep(part.pair(rank))

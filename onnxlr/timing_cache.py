@@ -17,7 +17,7 @@ from typing import Any
 from onnxlr.errors import OutputError
 from onnxlr.files import replacing
 from onnxlr.latency import Timings
-from onnxlr.session import PROVIDERS, import_onnxruntime
+from onnxlr.session import import_onnxruntime, provider_name
 from onnxlr.threads import cores
 
 FORMAT = "onnxlr-timings/2"
@@ -35,7 +35,7 @@ def recalled(*, provider: str = "cpu", threads: int = 0, dtype: str = "float32")
     try:
         document = json.loads(_path(made_on).read_text())
         held = document["format"] == FORMAT and document["made_on"] == made_on and timings.recall(document)
-    except (OSError, KeyError, TypeError, ValueError):
+    except (OSError, AttributeError, KeyError, TypeError, ValueError):
         held = False
     return timings, held
 
@@ -75,7 +75,7 @@ def _made_on(provider: str, threads: int, dtype: str) -> dict[str, Any]:
         "processor": _processor(),
         "cores": cores(),
         "onnxruntime": f"{runtime.__version__} {runtime.get_build_info()}",
-        "provider": PROVIDERS.get(provider.lower(), provider),
+        "provider": provider_name(provider),
         "threads": threads,
         "dtype": dtype,
     }

@@ -99,7 +99,7 @@ class Elimination:
         self._foreseen = {width: size**2 * _lost(shown[:width]) for width in foreseen}
 
     def damage(self, width: int) -> float:
-        """The weighed error of the output with `width` units, one of `widths`."""
+        """The weighed error of the output with `width` units, one of `widths`; with 0, all that there is to lose."""
         return float(self._damages[width])
 
     def foreseen(self, width: int) -> Matrix:

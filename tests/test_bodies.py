@@ -367,7 +367,7 @@ def test_factors_in_bodies_are_trained() -> None:
     inventory = take_inventory(model)
     small = rewrite(inventory, {weight.name: pair_of(inventory, weight, 3) for weight in inventory.weights})
     # the first batch runs one branch alone
-    recovery = onnxlr.finetune(small, model, feeds[:64], Tuning(epochs=2, batch=1), Config(batch=1, threads=1))
+    recovery = onnxlr.finetune(model, small, feeds[:64], Tuning(epochs=2, batch=1), Config(batch=1, threads=1))
     assert recovery.trained == 3 * 2 * 3 * WIDE
     assert recovery.error_after < recovery.error_before
 

@@ -18,10 +18,12 @@ from onnxlr.cli.options import (
     parse_forms,
     parse_ranks,
     rank_multiple,
+    reported,
     resumed,
     running,
     selecting,
     training,
+    watched,
 )
 from onnxlr.cli.output import describe_verdict, progress_bars, show, show_json, show_stats
 from onnxlr.config import ALLOCATIONS, FORMS, OBJECTIVES, TARGETS, THENS, Config, Target
@@ -40,7 +42,7 @@ NO_POLYGRAPHY = "polygraphy is left out: it feeds onnxruntime numpy arrays, whic
 
 
 @cli.command()
-@common
+@reported
 def demo(as_json: bool, quiet: bool, verbose: bool) -> None:
     """Compress the model that comes with onnxlr.
 
@@ -64,10 +66,10 @@ def demo(as_json: bool, quiet: bool, verbose: bool) -> None:
 @click.option("--csv", "as_csv", is_flag=True, help="Print the result as CSV.")
 @selecting
 @running
-@common
+@watched
 def analyze(
     model: Path, calib: str, energy: str, stats: Path | None, as_csv: bool, images: ImageOptions,
-    as_json: bool, quiet: bool, verbose: bool, **settings: Any,
+    as_json: bool, quiet: bool, **settings: Any,
 ) -> None:  # fmt: skip
     """Measure how much of its rank a layer uses.
 
@@ -121,12 +123,12 @@ def analyze(
 @resumed
 @selecting
 @running
-@common
+@watched
 def calibrate(
     model: Path, calib: str, output: Path, objective: Any, forms: str, labels: Path | None, force: bool,
     work: Path | None,
     images: ImageOptions,
-    as_json: bool, quiet: bool, verbose: bool, **settings: Any,
+    as_json: bool, quiet: bool, **settings: Any,
 ) -> None:  # fmt: skip
     """Gather the moments of MODEL on data.
 
@@ -151,7 +153,7 @@ def calibrate(
 @click.option("-o", "--output", required=True, type=FILE, help="Where to write the sum (.safetensors).")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @common
-def merge(stats: Sequence[Path], output: Path, force: bool, as_json: bool, quiet: bool, verbose: bool) -> None:
+def merge(stats: Sequence[Path], output: Path, force: bool, as_json: bool) -> None:
     """Add up the moments of several shards.
 
     They are exactly those of one pass over the data of all.
@@ -205,7 +207,7 @@ def merge(stats: Sequence[Path], output: Path, force: bool, as_json: bool, quiet
 @training
 @selecting
 @running
-@common
+@reported
 def compress(
     model: Path, calib: str, output: Path, objective: Any, forms: str, labels: Path | None, ranks: Sequence[str],
     stats: Path | None, finetune: bool, tuning: Tuning, report: Path | None, force: bool, work: Path | None,
@@ -257,10 +259,10 @@ def compress(
 @click.option("--polygraphy-samples", default=8, type=POSITIVE, help="Samples that Polygraphy compares.")
 @click.option("--force", is_flag=True, help="Replace existing files.")
 @running
-@common
+@watched
 def validate(
     a: Path, b: Path, data: str, labels: Path | None, max_error: float, folder: Path | None, polygraphy_samples: int,
-    force: bool, images: ImageOptions, as_json: bool, quiet: bool, verbose: bool, **settings: Any,
+    force: bool, images: ImageOptions, as_json: bool, quiet: bool, **settings: Any,
 ) -> int:  # fmt: skip
     """Compare model B with model A on data.
 
@@ -272,7 +274,7 @@ def validate(
 
     from onnxlr.case import as_model, images_for
     from onnxlr.data import batches, load_labels, open_data
-    from onnxlr.polygraphy_files import run_comparator, write_polygraphy
+    from onnxlr.polygraphy_files import require_room, run_comparator, write_polygraphy
     from onnxlr.reference import find_reference
     from onnxlr.session import Session
     from onnxlr.validate import validate as api
@@ -282,18 +284,21 @@ def validate(
     first, second = as_model(a), as_model(b)
     assert first.path is not None
     assert second.path is not None
-    sessions = [Session(model, provider=settings["provider"], optimize=False) for model in (first, second)]
-    inputs, polygraphy = sessions[0].inputs, all(session.native for session in sessions)
-    if folder is not None and not polygraphy:
-        raise click.UsageError(f"--polygraphy: {NO_POLYGRAPHY}")
-    samples = open_data(data, inputs, images=images_for(first, images))
+    sessions = (Session(model, provider=settings["provider"], optimize=False) for model in (first, second))
+    inputs, native = zip(*((session.inputs, session.native) for session in sessions), strict=True)
+    polygraphy = all(native)
+    if folder is not None:
+        if not polygraphy:
+            raise click.UsageError(f"--polygraphy: {NO_POLYGRAPHY}")
+        require_room(folder, force=force)
+    samples = open_data(data, inputs[0], images=images_for(first, images))
     with progress_bars(quiet) as progress:
         result = api(
             first, second, samples, labels=None if labels is None else load_labels(labels), max_error=max_error,
             progress=lambda done: progress("validate", done, None), **settings,
         )  # fmt: skip
     sampled = list(islice(samples, polygraphy_samples))
-    feeds = list(batches(sampled, settings["batch"], inputs))
+    feeds = list(batches(sampled, settings["batch"], inputs[0]))
     gate = {"max_error": max_error, "provider": settings["provider"]}
     if not polygraphy:
         verdicts: tuple[Verdict, ...] = ()

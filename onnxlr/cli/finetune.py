@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnxlr.cli.group import cli
-from onnxlr.cli.options import DATA, FILE, common, running, training
+from onnxlr.cli.options import DATA, FILE, reported, running, training
 from onnxlr.cli.output import progress_bars, show, show_json
 from onnxlr.config import Config
 from onnxlr.report import terminal
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @training
 @running
-@common
+@reported
 def finetune(
     dense: Path, small: Path, calib: str, output: Path, labels: Path | None, loss: str | None,
     checkpoint: Path | None, force: bool, tuning: Tuning, images: ImageOptions,
@@ -50,7 +50,7 @@ def finetune(
 
     with progress_bars(quiet) as progress:
         recovery = api(
-            small, dense, calib, replace(tuning, loss=loss), Config(**settings), output=output, labels=labels,
+            dense, small, calib, replace(tuning, loss=loss), Config(**settings), output=output, labels=labels,
             checkpoint=checkpoint, images=images, force=force, progress=progress,
         )  # fmt: skip
     if recovery is None:

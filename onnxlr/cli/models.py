@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @common
 def export(
     reference: str, output: Path, opset: int | None, fixed_batch: bool, external_data: bool, force: bool,
-    as_json: bool, quiet: bool, verbose: bool,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Export a torch model to ONNX, checked against torch.
 
@@ -58,7 +58,7 @@ def export(
 @click.argument("model", type=FILE)
 @click.option("--provider", default="cpu", help="Execution provider that the shapes are measured with.")
 @common
-def inspect(model: Path, provider: str, as_json: bool, quiet: bool, verbose: bool) -> None:
+def inspect(model: Path, provider: str, as_json: bool) -> None:
     """List what can be compressed in MODEL.
 
     Every linear operator, those that cannot be compressed with the reason, and how much of the model they are.

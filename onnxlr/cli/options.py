@@ -45,7 +45,29 @@ def common(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of every command."""
 
     @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+    @wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return command(*args, **kwargs)
+
+    return wrapped
+
+
+def watched(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of commands that take long."""
+
+    @common
     @click.option("-q", "--quiet", is_flag=True, help="No progress bars.")
+    @wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return command(*args, **kwargs)
+
+    return wrapped
+
+
+def reported(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of commands that report what became of every weight."""
+
+    @watched
     @click.option("-v", "--verbose", is_flag=True, help="Every weight and operator, with reasons.")
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -154,20 +176,29 @@ def training(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def _image_options(convention: str, mean: str | None, std: str | None, resize: str | None) -> ImageOptions:
     options = ImageOptions.convention(convention)
-    try:
-        if mean is not None:
-            options = replace(options, mean=tuple(float(value) for value in mean.split(",")))
-        if std is not None:
-            options = replace(options, std=tuple(float(value) for value in std.split(",")))
-        if resize is not None:
-            sides = tuple(int(side) for side in resize.lower().split("x"))
-            options = replace(options, resize=sides[0] if len(sides) == 1 else (sides[0], sides[1]))
-    except (ValueError, IndexError):
-        given = next(v for v in (mean, std, resize) if v is not None)
-        raise click.UsageError(
-            f"not a number, or a list of them: {given!r} (--mean 0.5,0.5,0.5, --resize 256x256)"
-        ) from None
+    if mean is not None:
+        options = replace(options, mean=_by_channel("--mean", mean))
+    if std is not None:
+        options = replace(options, std=_by_channel("--std", std))
+    if resize is not None:
+        options = replace(options, resize=_sides(resize))
     return options
+
+
+def _by_channel(option: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(value) for value in text.split(","))
+    except ValueError:
+        raise click.UsageError(f"{option} {text!r} is no number, or one a channel, such as 0.5,0.5,0.5") from None
+
+
+def _sides(text: str) -> int | tuple[int, int]:
+    match text.lower().split("x"):
+        case [side] if side.isdecimal():
+            return int(side)
+        case [height, width] if height.isdecimal() and width.isdecimal():
+            return int(height), int(width)
+    raise click.UsageError(f"--resize {text!r} is neither a side nor height and width, such as 256 or 256x256")
 
 
 def rank_multiple(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @common
 def bench(
     models: Sequence[Path], calib: str | None, batch: str, runs: int, seconds: float, images: ImageOptions,
-    as_json: bool, quiet: bool, verbose: bool, **settings: Any,
+    as_json: bool, **settings: Any,
 ) -> None:  # fmt: skip
     """Time MODELS against the first of them.
 
@@ -60,9 +60,7 @@ def bench(
 @pictured
 @placed
 @common
-def profile(
-    model: Path, calib: str | None, images: ImageOptions, as_json: bool, quiet: bool, verbose: bool, **settings: Any
-) -> None:
+def profile(model: Path, calib: str | None, images: ImageOptions, as_json: bool, **settings: Any) -> None:
     """Time the layers of MODEL, dense and as pairs.
 
     The times are kept for `compress --max-latency`, which measures some of them again before it believes the rest.

@@ -53,7 +53,10 @@ def _read_tensor(path: Path) -> Array:
     from onnx import numpy_helper
 
     try:
-        array = numpy_helper.to_array(onnx.TensorProto.FromString(path.read_bytes()))
+        tensor = onnx.TensorProto.FromString(path.read_bytes())
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            raise ValueError("its values are in another file")
+        array = numpy_helper.to_array(tensor)
     except Exception as error:
         # protobuf's decoding error is not an OSError or ValueError, and to_array raises a dozen kinds.
         raise DataError(f"{path}: cannot be read as a TensorProto ({error}); it is damaged or no tensor") from error

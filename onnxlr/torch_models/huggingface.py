@@ -28,7 +28,7 @@ from onnxlr.torch_models.source import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from onnxlr.reference import Reference
     from onnxlr.torch_models.source import TorchModel
@@ -153,8 +153,12 @@ def _preprocessing(transformers: Any, reference: Reference, where: dict[str, Any
     sides = (size, size) if isinstance(size, int) else (size.get("height"), size.get("width"))
     normalized = stated.get("do_normalize", True)
     return ImageOptions(
-        mean=tuple(stated["image_mean"]) if normalized else (0.0,),
-        std=tuple(stated["image_std"]) if normalized else (1.0,),
+        mean=_values(stated.get("image_mean")) if normalized else (0.0,),
+        std=_values(stated.get("image_std")) if normalized else (1.0,),
         resize=(sides[0], sides[1]) if sides[0] and sides[1] else size.get("shortest_edge"),
         interpolation=_RESAMPLING.get(stated.get("resample", 2), "bilinear"),
     )
+
+
+def _values(stated: Sequence[float] | None) -> tuple[float, ...] | None:
+    return None if stated is None else tuple(stated)

@@ -7,23 +7,21 @@ the task metric.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-# before torch itself: where that is missing, this import says what to install
-from onnxlr.torch_graph import check_parity, to_tensor, to_torch
-
-# isort: split
+import numpy as np
 import torch
 
-from onnxlr.calibrate import mask_of
+from onnxlr.calibrate import data_fingerprint, mask_of
 from onnxlr.data import batches, numbered_batches, spread
 from onnxlr.errors import ModelError
 from onnxlr.report import Recovery
 from onnxlr.task_loss import TaskLoss
-from onnxlr.torch_graph import to_array
+from onnxlr.torch_graph import check_parity, to_array, to_tensor, to_torch
 from onnxlr.tuning.augment import takes_images
 from onnxlr.tuning.checkpoint import load_checkpoint, run_identity, save_checkpoint
 from onnxlr.tuning.distill import plan_lesson
@@ -131,7 +129,11 @@ def recover(
             graphs[0], graphs[1], lesson, stream, watched, truth, tuning, config.mask, steps,
             takes_images(inputs) and (tuning.augment == "always" or (tuning.augment == "auto" and epochs > MANY)), own,
         )  # fmt: skip
-        identity = run_identity(student, teacher, tuning, samples=stream.samples, mask=config.mask)
+        identity = run_identity(
+            student, teacher, tuning, mask=config.mask, loss=task and loss,
+            data=[data_fingerprint(samples) for samples in (calibration, held_out)],
+            labels=None if labels is None else hashlib.sha256(np.ascontiguousarray(labels).tobytes()).hexdigest(),
+        )  # fmt: skip
         resumed = None if checkpoint is None else load_checkpoint(checkpoint, identity)
         save = partial(save_checkpoint, checkpoint, identity) if checkpoint and own.rank == 0 else lambda _: None
         run = trainer.train(_reached(graphs[0], names, trainer, given), resumed, save, progress)

@@ -152,7 +152,7 @@ class Trainer:
             weights.follow(run.step)
             run.step += 1
             if run.step % every == 0 or run.step == self.steps or not math.isfinite(total):
-                self._look(run, weights, total / every)
+                self._look(run, weights, total / (run.step - run.history[-1][0]))
                 total = 0.0
                 assert run.best is not None
                 if not run.history[-1][-1] <= MUCH_WORSE * run.value:

@@ -164,7 +164,7 @@ def main() -> None:
                 print(results.rows[-1], flush=True)
             if "tuned" in todo:
                 better, start = file.with_stem(f"{file.stem}-tuned"), time.perf_counter()
-                onnxlr.finetune(file, dense, bench.lessons, TUNING, SETTINGS, output=better, force=True)
+                onnxlr.finetune(dense, file, bench.lessons, TUNING, SETTINGS, output=better, force=True)
                 seconds = {"seconds": time.perf_counter() - start}
                 results.add(key | {"stage": "tuned"} | kept | judge(better) | seconds)
                 print(results.rows[-1], flush=True)

@@ -75,7 +75,7 @@ def main() -> None:
         for share in map(float, given.shares.split(",")):
             smaller, kept = subject.compressed(method, share)
             better = smaller.with_stem(f"{smaller.stem}-tuned")
-            onnxlr.finetune(smaller, file, lessons, tuning, config, output=better, force=True)
+            onnxlr.finetune(file, smaller, lessons, tuning, config, output=better, force=True)
             found = [onnxlr.validate(file, each, test, labels=labels, **settings) for each in (smaller, better)]
             tops = (found[0].metric_a, found[0].metric_b, found[1].metric_b)
             shown = " | ".join("-" if top is None else f"{100 * top:.2f}%" for top in tops)
