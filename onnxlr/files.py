@@ -20,11 +20,14 @@ def require_writable(path: Path, *, force: bool) -> None:
     Raises
     ------
     OutputError
-        `path` exists and `force` is not set, is a folder, cannot be looked at, or its folder is missing or read-only.
+        `path` exists and `force` is not set, is a folder or a device, cannot be looked at, or its folder is missing or
+        read-only.
     """
     try:
         if path.is_dir():
             raise OutputError(f"{path} is a folder: name a file in it")
+        if path.exists() and not path.is_file():
+            raise OutputError(f"{path} is no ordinary file, and would be one afterwards: choose another name")
         if path.exists() and not force:
             raise OutputError(f"{path} exists already: pass --force to replace it, or choose another name")
         if not path.parent.is_dir():
@@ -46,7 +49,7 @@ def replacing(path: Path, *, force: bool = False) -> Iterator[Path]:
     """
     require_writable(path, force=force)
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        with tempfile.TemporaryDirectory(prefix=".onnxlr.", dir=path.parent) as folder:
             temporary = Path(folder) / path.name
             yield temporary
             with temporary.open("rb") as written:

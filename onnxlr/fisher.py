@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from onnxlr.calibrate import INSTEAD, mask_of
-from onnxlr.data import batches, sample_count
+from onnxlr.data import numbered_batches, sample_count
 from onnxlr.errors import ModelError
 from onnxlr.gram import Moments, Stats, beside
 from onnxlr.metrics import token_rows
@@ -133,10 +133,11 @@ def _one_pass(
     generator = torch.Generator().manual_seed(0)
     sums: dict[str, Moments] = {}
     loss = None if config.loss is None else TaskLoss(config.loss)
-    first = 0
-    for given_feed in batches(samples, config.batch, inputs):
+    checked = False
+    for numbers, given_feed in numbered_batches(enumerate(samples), config.batch, inputs):
         feed = widened_feed(given_feed) if half else given_feed
-        if first == 0:
+        if not checked:
+            checked = True
             with torch.autocast(device.type, enabled=False):
                 check_parity(graph, model, [feed])
         mask = mask_of(feed, config.mask)
@@ -153,7 +154,7 @@ def _one_pass(
             total = sum(_probe(output, mask, generator) for output in floating)
         else:
             assert labels is not None
-            own = torch.from_numpy(np.asarray(labels[first : first + sample_count(feed, inputs)])).to(device)
+            own = torch.from_numpy(np.asarray(labels[numbers])).to(device)
             total = loss({name: tensors[tensor] for name, tensor in probed.items()}, own)
         every = [(name, value) for name in sites for value in values[name]]
         reached = [(name, value) for name, value in every if total.requires_grad and value.requires_grad]
@@ -168,7 +169,6 @@ def _one_pass(
                     raise ModelError(f"the gradient at {name!r} is not finite{INSTEAD}")
                 sums[key] = sums[key] + moments if key in sums else moments
         progress(sample_count(feed, inputs))
-        first += sample_count(feed, inputs)
     return sums
 
 
@@ -192,7 +192,10 @@ def _probe(output: Any, mask: NDArray[Any] | None, generator: Any) -> Any:
     """`<u, o> / rms(o)` for a random probe `u`, over the rows of real tokens."""
     probe = torch.randn(output.shape, generator=generator).to(output)
     real = None if mask is None else token_rows(mask, tuple(output.shape))
+    seen = output.detach().float()
     if real is not None:
-        probe = probe * torch.from_numpy(real.copy()).to(output).reshape(*output.shape[:-1], 1)
-    scale = output.detach().float().square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+        tokens = torch.from_numpy(real.copy()).to(output.device)
+        probe = probe * tokens.to(output.dtype).reshape(*output.shape[:-1], 1)
+        seen = seen.reshape(-1, output.shape[-1])[tokens]
+    scale = seen.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
     return (output * probe).sum() / scale

@@ -1,13 +1,13 @@
 """What the model's outputs make of the damage done to each weight: measured, in one unit.
 
 Damages of different weights do not compare: some layers' errors never reach the output, others grow. So each weight
-alone is cut to a middle rank, the rest stays dense, and the squared relative error `e^2` of the model's outputs is
-read off; `e^2 / damage` is its importance, and at any other rank its damage is predicted as importance times damage.
-The predictions of all weights add up to that of the model's squared error, as long as the errors are small and
-independent.
+alone is cut to a middle rank, or as far below as it takes to do damage that the element type's own rounding does not
+drown, the rest stays dense, and the squared relative error `e^2` of the model's outputs is read off; `e^2 / damage` is
+its importance, and at any other rank its damage is predicted as importance times damage. The predictions of all
+weights add up to that of the model's squared error, as long as the errors are small and independent.
 
-What a body of If or Loop holds may never run while this is measured. That its cut does nothing then says nothing, and
-its own relative error is taken for that of the outputs.
+That the outputs do not change at all says little: they may be labels, of few samples, and what a body of If or Loop
+holds may never run while this is measured. The weight's own relative error is then taken for that of the outputs.
 
 Where much is cut they are neither. Then importances can be measured again at a choice that was made: a group of weights
 is made dense again, the rest stays cut, and the fall of the squared error is what that group's cut costs there.
@@ -15,15 +15,18 @@ is made dense again, the rest stays cut, and the fall of the squared error is wh
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
+import ml_dtypes
 import numpy as np
 
 from onnxlr.choice import ranks, separable_key, separable_ranks, width_key
 from onnxlr.groups import Chained
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from onnxlr.choice import Choice, Part
     from onnxlr.config import Config
@@ -38,12 +41,16 @@ MOST_CORRECTED = 8.0
 """The most by which one round changes an importance: marginal errors are differences of two noisy figures."""
 ROUNDING = 1e-6
 """The share of a squared error that says nothing."""
+ABOVE_NOISE = 8.0
+"""How many times the rounding of its element type a weight's relative error is, at the rank where it is measured."""
+MOST_ERROR = 1e6
+"""What an error counts that is larger or not finite: predictions of other ranks still tell them apart."""
 
 
 def measure_alone(
     groups: Sequence[Group], trial: Trial, probed: Observed, config: Config, progress: Callable[[int], None]
 ) -> dict[str, float]:
-    """The importance of every weight, all others dense; 0 where no rank is on offer or nothing is damaged.
+    """The importance of every weight, all others dense: positive and finite, 0 where there is nothing to damage.
 
     What dropping hidden units does has an importance of its own, under `width_key`, and so has the split of a kernel,
     under `separable_key`: those errors look otherwise.
@@ -63,64 +70,74 @@ def measure_alone(
     nested = any(_is_nested(group) for group in groups)
     rounding = trial.error({}, probed) if nested else 0.0
     for group in groups:
-        least = 2 * rounding if _is_nested(group) else -1.0
-        for part in group.parts:
-            importance[part.name] = _alone(part, trial, probed, config, least)
-            if part.split is not None:
-                importance[separable_key(part.name)] = _separated(part, trial, probed, config, least)
-            progress(1)
-        if isinstance(group, Chained):
-            importance[width_key(group.consumer.name)] = _narrowed(group, trial, probed, least)
+        least = 2 * rounding if _is_nested(group) else 0.0
+        for cut in _cuts(group, config):
+            importance[cut.key] = _importance(cut, trial, probed, least)
+        progress(len(group.parts))
     return importance
 
 
-def _narrowed(group: Chained, trial: Trial, probed: Observed, least: float) -> float:
-    widths = group.widths
-    if not widths:
-        return 0.0
-    width = widths[len(widths) // 2]
-    damage = group.elimination.damage(width)
-    total = group.elimination.damage(0)
-    return _tried(group.parts, lambda: group.store_narrowed(width), damage, total, trial, probed, least)
+@dataclass(frozen=True, slots=True)
+class _Cuts:
+    """What is cut of `parts` alone, and keeps its importance under `key`: at one of the falling `sizes`."""
+
+    key: str
+    parts: Sequence[Part]
+    sizes: Sequence[int]
+    damage: Callable[[int], float]
+    store: Callable[[int], Mapping[str, Stored]]
+
+    @property
+    def size(self) -> int | None:
+        """The largest whose relative damage is above the noise, else the last that does any; None where none does."""
+        noise = max((ABOVE_NOISE * _rounding(part.weight.dtype)) ** 2 for part in self.parts)
+        harmful = [size for size in self.sizes if self.damage(size) > 0]
+        loud = (size for size in harmful if self.damage(size) > noise * self.damage(0))
+        return next(loud, harmful[-1] if harmful else None)
 
 
-def _alone(part: Part, trial: Trial, probed: Observed, config: Config, least: float) -> float:
-    weight = part.weight
-    offered = ranks(config, min(weight.d_in, weight.d_out))
-    middle = weight.d_in * weight.d_out / (weight.d_in + weight.d_out) / 2
-    if not offered:
-        return 0.0
-    rank = min(offered, key=lambda rank: abs(rank - middle))
-    damage, total = part.decomposition.damage(rank), part.decomposition.total
-    return _tried([part], lambda: {part.name: part.pair(rank, final=False)}, damage, total, trial, probed, least)
+def _cuts(group: Group, config: Config) -> Iterator[_Cuts]:
+    for part in group.parts:
+        yield _Cuts(part.name, [part], _falling(part, config), part.decomposition.damage, partial(_pair, part))
+        if part.split is not None:
+            sizes = _from_the_middle(separable_ranks(part.weight, config))
+            yield _Cuts(separable_key(part.name), [part], sizes, part.separation.damage, partial(_separable, part))
+    if isinstance(group, Chained):
+        sizes, key = _from_the_middle(group.widths), width_key(group.consumer.name)
+        yield _Cuts(key, group.parts, sizes, group.elimination.damage, group.store_narrowed)
 
 
-def _separated(part: Part, trial: Trial, probed: Observed, config: Config, least: float) -> float:
-    offered = separable_ranks(part.weight, config)
-    if not offered:
-        return 0.0
-    rank = offered[len(offered) // 2]
-    damage, total = part.separation.damage(rank), part.separation.total
-    return _tried([part], lambda: {part.name: part.separable(rank)}, damage, total, trial, probed, least)
+def _falling(part: Part, config: Config) -> list[int]:
+    """Ranks of a weight from a middle one of those on offer down; of any below the full one, where none is on offer."""
+    d_in, d_out = part.weight.d_in, part.weight.d_out
+    offered = ranks(config, min(d_in, d_out)) or range(1, min(d_in, d_out))
+    middle = min(offered, key=lambda rank: abs(rank - d_in * d_out / (d_in + d_out) / 2), default=0)
+    return [rank for rank in reversed(offered) if rank <= middle]
 
 
-def _tried(
-    parts: Sequence[Part],
-    store: Callable[[], Mapping[str, Stored]],
-    damage: float,
-    total: float,
-    trial: Trial,
-    probed: Observed,
-    least: float,
-) -> float:
-    """The importance of a damage, by what the model makes of `parts` stored so; 0 where there is none.
+def _from_the_middle(rising: Sequence[int]) -> Sequence[int]:
+    return rising[len(rising) // 2 :: -1]
 
-    `total` is the damage of cutting everything: an error of no more than `least` says that it never ran.
-    """
-    if damage <= 0:
-        return 0.0
-    error = trial.error(factors(parts, store()), probed)
-    return error**2 / damage if error > least else 1 / total
+
+def _rounding(dtype: str) -> float:
+    return float(ml_dtypes.finfo(dtype).eps)  # type: ignore[no-untyped-call]
+
+
+def _pair(part: Part, rank: int) -> dict[str, Stored]:
+    return {part.name: part.pair(rank, final=False)}
+
+
+def _separable(part: Part, rank: int) -> dict[str, Stored]:
+    return {part.name: part.separable(rank)}
+
+
+def _importance(cut: _Cuts, trial: Trial, probed: Observed, least: float) -> float:
+    """By an error above `least`; a lower one says nothing."""
+    size = cut.size
+    error = 0.0 if size is None else trial.error(factors(cut.parts, cut.store(size)), probed)
+    if size is not None and error > least:
+        return min(error, MOST_ERROR) ** 2 / cut.damage(size)
+    return 1 / cut.damage(0) if cut.damage(0) > 0 else 0.0
 
 
 def _is_nested(group: Group) -> bool:

@@ -245,6 +245,23 @@ def from_proto(proto: onnx.ModelProto, folder: Path | None = None) -> Model:
     return _validated(proto, None, Path() if folder is None else folder)
 
 
+def require_room(model: Model, path: Path, *, force: bool) -> None:
+    """Refuse the files that `save` would write, before the work begins, as far as they can be foreseen.
+
+    Raises
+    ------
+    OutputError
+        As `save`.
+    """
+    require_writable(path, force=force)
+    if model.external_files:
+        require_writable(_data_path(path), force=force)
+
+
+def _data_path(path: Path) -> Path:
+    return path.with_name(path.name + ".data")
+
+
 def save(
     model: Model,
     path: str | os.PathLike[str],
@@ -274,7 +291,7 @@ def save(
         The model's own external data cannot be read any more.
     """
     path = Path(path)
-    data = path.with_name(path.name + ".data")
+    data = _data_path(path)
     require_writable(path, force=force)
     content = None
     if not model._stamps and inline_bytes(model.proto) <= min(size_threshold, PROTOBUF_LIMIT):
@@ -283,7 +300,7 @@ def save(
         content = None
         require_writable(data, force=force)
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        with tempfile.TemporaryDirectory(prefix=".onnxlr.", dir=path.parent) as folder:
             new, new_data = Path(folder, path.name), Path(folder, data.name)
             if content is None:
                 content = _write_data(model, new_data)

@@ -27,8 +27,9 @@ from onnxlr.errors import ConfigError, ModelError, OutputError
 from onnxlr.files import require_writable
 from onnxlr.fusion import fused_operators
 from onnxlr.gathered import as_gathered, gather, require_same_division, require_same_model, resolve
-from onnxlr.model_io import load, save
+from onnxlr.model_io import load, require_room, save
 from onnxlr.parts import parts_of
+from onnxlr.quantize import require_quantizable
 from onnxlr.report import Quantized
 from onnxlr.search import bench_feed, finish, meet_target
 from onnxlr.summary import summarize
@@ -109,6 +110,8 @@ def compress(
     load_metric(config.metric)
     if stats is not None and config.objective == "weight":
         raise ConfigError("the objective weight uses no moments: leave --stats out, or choose another --objective")
+    if stats is not None and config.loss is not None and tuning is None:
+        raise ConfigError(f"gradients come from --stats: give --loss {config.loss} to `onnxlr calibrate`, and not here")
     path = None if output is None else Path(output)
     if path is not None:
         require_writable(path, force=force)
@@ -118,6 +121,10 @@ def compress(
         case = prepare(model, calib, config, images)
         truth = None if labels is None else load_truth(case, labels)
         require_held_out(case)
+        if path is not None:
+            require_room(case.model, path, force=force)
+        if config.then is not None:
+            require_quantizable(case.model, case.weights, config.then)
 
     def source() -> str:
         return case.fingerprint() if stats is None else f"{case.fingerprint()} {stats.fingerprint()}"
@@ -191,6 +198,7 @@ def _compress(
         models = [case.model, result.compressed, *([result.quantized] if result.quantized else [])]
         latencies = compare_latency(models, bench_feed(case, config), provider=config.provider, threads=config.threads)
         fused = (_fused(case.model, config), _fused(result.compressed, config))
+    dense = case.model.fingerprint(), case.model.nbytes  # its files may be those that are replaced
     written = result.written.nbytes
     if path is not None:
         with clock.stage("save"):
@@ -203,8 +211,8 @@ def _compress(
         quantized = Quantized(str(config.then), written, own.median_ms, own.ratio, result.judged)
     return summarize(
         case, parts, plan, config, why, stats, result.validation, result.compressed, recovery,
-        output=path, file_bytes=written if quantized is None else result.compressed.nbytes, quantized=quantized,
-        latencies=latencies, fused=fused, seconds=clock.seconds,
+        dense=dense, output=path, file_bytes=written if quantized is None else result.compressed.nbytes,
+        quantized=quantized, latencies=latencies, fused=fused, seconds=clock.seconds,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from onnxlr.files import replacing
 from onnxlr.forms import Stored, Window
 from onnxlr.targets import Plan
 from onnxlr.tensor_file import map_tensors, write_tensors
+from onnxlr.work import read_json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,7 +52,7 @@ def save_plan(plan: Plan, path: Path) -> None:
 
 def load_plan(path: Path) -> Plan:
     """What `save_plan` wrote."""
-    document, arrays = json.loads(path.read_text()), map_tensors(_beside(path))
+    document, arrays = read_json(path), map_tensors(_beside(path))
     return Plan(
         {name: Cut(**cut) for name, cut in document["cuts"].items()},
         {name: _stored(name, described, arrays) for name, described in document["stored"].items()},

@@ -28,7 +28,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
-from onnxlr.errors import ModelError, OnnxlrError, OutputError
+from onnxlr.errors import ConfigError, ModelError, OnnxlrError, OutputError
 from onnxlr.model_io import from_proto, load, save
 from onnxlr.session import import_onnxruntime
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from onnxlr.config import Then
     from onnxlr.data import Feed
     from onnxlr.model_io import Model
+    from onnxlr.sites import Weight
 
 QUANTIZED = ("MatMul", "Gemm")
 _MADE = frozenset({"DynamicQuantizeLinear", "MatMulInteger", "QuantizeLinear", "DequantizeLinear"})
@@ -88,7 +89,10 @@ def quantize(model: Model, then: Then, feeds: Iterable[Feed]) -> Model:
 
             save(turned(model), given, check=False)
             static = then == "int8-static"
-            quant_pre_process(str(given), str(ready), skip_symbolic_shape=True, skip_optimization=not static)
+            quant_pre_process(
+                str(given), str(ready), skip_symbolic_shape=True, skip_optimization=not static,
+                save_as_external_data=bool(model.external_files),
+            )  # fmt: skip
             if static:
                 quantize_static(
                     ready, done, _Reader(feeds), quant_format=QuantFormat.QDQ, per_channel=True, reduce_range=True,
@@ -103,6 +107,27 @@ def quantize(model: Model, then: Then, feeds: Iterable[Feed]) -> Model:
         del proto.metadata_props[:]
         proto.metadata_props.extend(model.proto.metadata_props)
         return from_proto(proto)
+
+
+def require_quantizable(model: Model, weights: Iterable[Weight], then: Then) -> None:
+    """Refuse before the work begins what onnxruntime's tools cannot do in the end.
+
+    Raises
+    ------
+    ConfigError
+        8 bits of weights that are not of float32, or by column of a model that is too old for it.
+    """
+    if then == "fp16":
+        return
+    others = sorted({weight.dtype for weight in weights} - {"float32"})
+    if others:
+        raise ConfigError(f"--then {then} takes weights of float32, and there are some of {others[0]}: leave it out")
+    opset = next((entry.version for entry in model.proto.opset_import if entry.domain in ("", "ai.onnx")), 1)
+    if then == "int8-static" and opset < 13:
+        raise ConfigError(
+            f"--then int8-static needs operators of opset 13, the model has {opset}: convert it with "
+            "onnx.version_converter, or use --then int8"
+        )
 
 
 def turned(model: Model) -> Model:

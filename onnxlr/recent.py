@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class Recent(Generic[T]):
-    """What was used last, by its owner, who has to live on; of threads, each makes what it needs.
+    """What was used last, by its owner; of threads, each makes what it needs.
 
     Parameters
     ----------
@@ -33,7 +33,8 @@ class Recent(Generic[T]):
 
     def __init__(self, room: int = 1) -> None:
         self._room = room
-        self._kept: OrderedDict[int, T] = OrderedDict()
+        # with its owner, or another one might come to live where that was
+        self._kept: OrderedDict[int, tuple[object, T]] = OrderedDict()
         self._lock = Lock()
 
     def get(self, owner: object, make: Callable[[], T]) -> T:
@@ -42,11 +43,11 @@ class Recent(Generic[T]):
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
-                return self._kept[key]
+                return self._kept[key][1]
             self._leave(self._room - 1)
         made = make()
         with self._lock:
-            self._kept[key] = made
+            self._kept[key] = owner, made
             self._leave(self._room)
         return made
 

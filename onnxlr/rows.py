@@ -62,8 +62,11 @@ class Patches:
     auto_pad: str = "NOTSET"
     spread: tuple[int, ...] = ()
 
-    def of(self, array: NDArray[Any]) -> NDArray[Any]:
-        """A sample of the patches of `array [N, C, ...]`, as rows [n, C * prod(kernel)]."""
+    def of(self, array: NDArray[Any], mask: NDArray[Any] | None = None) -> NDArray[Any]:
+        """A sample of the patches of `array [N, C, ...]`, as rows [n, C * prod(kernel)].
+
+        Those at padded tokens are left out where there are as many patches as tokens in the mask [N, S].
+        """
         if self.spread:
             array = _spread(array, self.spread)
         padding = self._padding(array.shape[2:])
@@ -77,11 +80,12 @@ class Patches:
         windows = windows[(slice(None), slice(None), *stepped, *dilated)]
         windows = np.moveaxis(windows, 1, 1 + len(self.kernel))
         places = windows.shape[: 1 + len(self.kernel)]
-        total = int(np.prod(places))
-        chosen = np.arange(total)
-        if total > PATCH_ROWS:
+        chosen = np.arange(prod(places))
+        if mask is not None and mask.shape == places:
+            chosen = np.flatnonzero(mask)
+        if len(chosen) > PATCH_ROWS:
             generator = np.random.default_rng(zlib.crc32(np.ascontiguousarray(array.ravel()[:4096]).tobytes()))
-            chosen = np.sort(generator.choice(total, PATCH_ROWS, replace=False))
+            chosen = np.sort(generator.choice(chosen, PATCH_ROWS, replace=False))
         rows = windows[np.unravel_index(chosen, places)]
         if self.spread:
             rows = np.flip(rows, tuple(range(2, rows.ndim)))
@@ -145,7 +149,7 @@ class Rows:
         """
         array = array[self.chunk(array.shape)]
         if self.patches is not None:
-            return self.patches.of(array)
+            return self.patches.of(array, mask)
         array = array.transpose(self.order(array.ndim))
         rows = array.reshape(self.shape(array.shape))
         real = None if mask is None else token_rows(mask, (*array.shape[: -len(self.axes)], rows.shape[1]))

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from onnxlr.choice import Cut, best_side, block_ranks, pair_ranks, separable_ranks
+from onnxlr.data import fixed_batch
 from onnxlr.memory import largest_resident
 from onnxlr.report import ModelFigures, RefusalReport, Report, WeightReport
 from onnxlr.rewrite import copies, new_biases
@@ -41,6 +42,7 @@ def summarize(
     compressed: Model,
     recovery: Recovery | None,
     *,
+    dense: tuple[str, int],
     output: Path | None,
     file_bytes: int,
     quantized: Quantized | None,
@@ -48,33 +50,35 @@ def summarize(
     fused: tuple[dict[str, int] | None, dict[str, int] | None],
     seconds: dict[str, float],
 ) -> Report:
-    """The report; `latencies`, `fused`: of the dense and the compressed model, `file_bytes`: of low rank alone."""
+    """The report.
+
+    `dense` are fingerprint and bytes of the dense model, `latencies` and `fused` are of the dense and the compressed
+    model, `file_bytes` of low rank alone.
+    """
     weights = _weight_reports(case, parts, plan, config)
-    dense, low_rank = latencies[:2]
+    before, after = latencies[:2]
     macs = case.inventory.macs
     saved = sum(w.macs - w.macs_after for w in weights if w.macs is not None and w.macs_after is not None)
     return Report(
         model=case.name,
-        fingerprint=case.model.fingerprint(),
+        fingerprint=dense[0],
         output=None if output is None else str(output),
         config={**asdict(config), "forms": sorted(config.forms)},
         objective_reason=why,
         samples=0 if stats is None else stats.samples,
         held_out=validation.samples,
-        before=ModelFigures(
-            case.inventory.parameters, macs, case.model.nbytes, dense.median_ms, validation.metric_a, fused[0]
-        ),
+        before=ModelFigures(case.inventory.parameters, macs, dense[1], before.median_ms, validation.metric_a, fused[0]),
         after=ModelFigures(
             parameter_count(compressed),
             None if macs is None else round(macs - saved),
             file_bytes,
-            low_rank.median_ms,
+            after.median_ms,
             validation.metric_b,
             fused[1],
         ),
         predicted_error=None if plan.predicted is None else sum(plan.predicted.values()) ** 0.5,
         validation=validation,
-        latency_ratio=low_rank.ratio,
+        latency_ratio=after.ratio,
         recovery=recovery,
         quantized=quantized,
         weights=weights,
@@ -169,6 +173,11 @@ def _warnings(
     if validation.no_noise:
         yield f"the model's own half-precision noise is unknown: {validation.no_noise}"
     yield from case.notes
+    if (fixed := fixed_batch(case.inputs) or 1) > 1:
+        yield (
+            f"the first axis of the inputs is fixed to {fixed} and taken for the batch: samples were put together anew, "
+            f"{fixed} to a run; where it is none, give the model a batch axis of 1 in front"
+        )
     for part in parts:
         if part.rows is not None and part.rows <= part.dim:
             yield (

@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from onnxlr.data import batches, sample_count
+from onnxlr.data import numbered_batches
 from onnxlr.entrances import Entrances, part
 from onnxlr.errors import RangeError
 from onnxlr.forms import Stored
@@ -155,12 +155,9 @@ class Trial:
         there.
         """
         observed = []
-        first = 0
-        for feed in batches(samples, self._batch, self._inputs):
-            rows = sample_count(feed, self._inputs)
-            own = None if labels is None else labels[first : first + rows]
+        for numbers, feed in numbered_batches(enumerate(samples), self._batch, self._inputs):
+            own = None if labels is None else labels[numbers]
             observed.append((feed, self._session.run({**feed, **self._given({})}), own))
-            first += rows
         if inside and self._entrances.tensors:
             self._entered, self._inside = observed, self._made_inside(observed)
         return observed

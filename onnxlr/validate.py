@@ -147,7 +147,7 @@ def validate(
         nonlocal samples
         session_a, session_b = (Session(model, provider=provider, threads=threads) for model in (a, b))
         check_same_interface(session_a, session_b)
-        for indices, feed in numbered_batches(data, batch, session_a.inputs):
+        for indices, feed in numbered_batches(data.indexed(), batch, session_a.inputs):
             outputs = session_a.run(feed), session_b.run(feed)
             if labels is not None:
                 for mean, values in zip(means, outputs, strict=True):

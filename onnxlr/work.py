@@ -122,7 +122,21 @@ class Work:
             made = json.dumps(make())
             with replacing(path) as temporary:
                 temporary.write_text(made)
+        return read_json(path)
+
+
+def read_json(path: Path) -> Any:
+    """What a file of results holds.
+
+    Raises
+    ------
+    OutputError
+        It is damaged.
+    """
+    try:
         return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{path} is damaged ({error}): delete it, and what it held is made again") from error
 
 
 @contextmanager

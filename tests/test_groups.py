@@ -331,7 +331,7 @@ def test_dropping_units_has_an_importance_of_its_own(name: str) -> None:
     done: list[int] = []
     importance = measure_alone([one], trial, probed, config, done.append)
     assert importance.keys() == {*(part.name for part in parts), width_key("w2")}
-    assert done == [1] * len(parts)
+    assert sum(done) == len(parts)
     dense = run(inventory.model, x=x)["y"]
     width = one.elimination.widths[len(one.elimination.widths) // 2]
     narrowed = run(rewrite(inventory, one.store_narrowed(width)), x=x)["y"]

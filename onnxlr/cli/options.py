@@ -208,7 +208,7 @@ def rank_multiple(command: Callable[..., Any]) -> Callable[..., Any]:
                   help="Ranks are multiples of it, as hardware likes them; auto: 16 on the CPU, else 8.")  # fmt: skip
     @wraps(command)
     def wrapped(*args: Any, rank_multiple: str, provider: str, **kwargs: Any) -> Any:
-        if rank_multiple != "auto" and not (rank_multiple.isdigit() and int(rank_multiple)):
+        if rank_multiple != "auto" and not (rank_multiple.isdecimal() and int(rank_multiple)):
             message = f"{rank_multiple!r} is neither auto nor a number from 1 on"
             raise click.BadParameter(message, param_hint="'--rank-multiple'")
         multiple = multiple_for(provider) if rank_multiple == "auto" else int(rank_multiple)
@@ -220,7 +220,7 @@ def rank_multiple(command: Callable[..., Any]) -> Callable[..., Any]:
 def parse_sizes(text: str) -> list[int]:
     """Batch sizes, from N or N,N."""
     sizes = text.split(",")
-    if not all(size.strip().isdigit() and int(size) for size in sizes):
+    if not all(size.strip().isdecimal() and int(size) for size in sizes):
         raise click.UsageError(f"--batch {text!r} is not a number from 1 on, or several separated by commas")
     return [int(size) for size in sizes]
 
@@ -235,7 +235,7 @@ def parse_ranks(pairs: Iterable[str]) -> dict[str, int]:
     ranks = {}
     for pair in pairs:
         pattern, separator, rank = pair.rpartition("=")
-        if not separator or not pattern or not rank.isdigit():
+        if not separator or not pattern or not rank.isdecimal():
             raise click.UsageError(f"--rank {pair!r} is not of the form PATTERN=R, such as --rank '*.fc1*=64'")
         ranks[pattern] = int(rank)
     return ranks

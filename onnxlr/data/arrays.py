@@ -85,7 +85,7 @@ def load_labels(path: Path | str) -> Array:
         raise DataError(
             f"{file}: labels cannot be read from {suffix or 'a file without suffix'}; expected .npy, .npz, .txt or .csv"
         )
-    if labels.size == 0:
+    if labels.size == 0 or labels.ndim == 0:
         raise DataError(f"{file}: holds no labels; expected one for each sample")
     if labels.dtype.kind not in "biuf" or not np.isfinite(labels).all():
         raise DataError(f"{file}: labels must be finite numbers, got {labels.dtype.name}; remove NaN and infinity")

@@ -130,15 +130,11 @@ def batches(samples: Iterable[Sample], size: int, inputs: Sequence[TensorSpec]) 
 
 
 def numbered_batches(
-    dataset: Dataset, size: int, inputs: Sequence[TensorSpec]
+    numbered: Iterable[tuple[int, Sample]], size: int, inputs: Sequence[TensorSpec]
 ) -> Iterator[tuple[np.ndarray[Any, np.dtype[np.int64]], Feed]]:
-    """The batches of a data set, each with the numbers of its samples: `labels[numbers]` are their labels."""
-
-    def numbered() -> Iterator[Sample]:
-        for index, sample in dataset.indexed():
-            yield {**sample, _NUMBER: np.array([index])}
-
-    for feed in batches(numbered(), size, inputs):
+    """The batches of numbered samples, each with their numbers: `labels[numbers]` are their labels."""
+    samples = ({**sample, _NUMBER: np.array([number])} for number, sample in numbered)
+    for feed in batches(samples, size, inputs):
         yield feed.pop(_NUMBER), feed
 
 

@@ -9,13 +9,17 @@ from __future__ import annotations
 import runpy
 import sys
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from contextlib import redirect_stdout
+from typing import TYPE_CHECKING, Any, TextIO
 
 from onnxlr.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+
+
+_NO_MORE = object()
 
 
 def read_json(paths: Iterable[Path]) -> Iterator[tuple[str, Mapping[str, object]]]:
@@ -51,7 +55,8 @@ def load_script(path: Path) -> Callable[[], Iterator[tuple[str, Mapping[str, obj
     """
     sys.path.insert(0, str(path.parent))
     try:
-        load_data = runpy.run_path(str(path)).get("load_data")
+        with _stdout_kept():
+            load_data = runpy.run_path(str(path)).get("load_data")
     except (Exception, SystemExit) as error:
         raise DataError(f"{path}: the script failed ({_said(error)}); it must run and define load_data()") from error
     finally:
@@ -69,12 +74,24 @@ def load_script(path: Path) -> Callable[[], Iterator[tuple[str, Mapping[str, obj
 def _guarded(load_data: Callable[[], Any], path: Path) -> Iterator[object]:
     """Iterate over load_data() and tell its errors from those of whoever takes the feeds."""
     try:
-        feeds = load_data()
+        with _stdout_kept():
+            feeds = load_data()
         if not isinstance(feeds, Iterable) or isinstance(feeds, Mapping):
             raise TypeError(f"expected a generator or a list of feeds, got {type(feeds).__name__}")
-        yield from feeds
-    except Exception as error:
+        pending = iter(feeds)
+        while True:
+            with _stdout_kept():
+                feed = next(pending, _NO_MORE)
+            if feed is _NO_MORE:
+                return
+            yield feed
+    except (Exception, SystemExit) as error:
         raise DataError(f"{path}: load_data() failed ({_said(error)}); correct the script") from error
+
+
+def _stdout_kept() -> redirect_stdout[TextIO]:
+    """What a script prints goes to stderr: stdout belongs to results."""
+    return redirect_stdout(sys.stderr)
 
 
 def _said(error: BaseException) -> str:

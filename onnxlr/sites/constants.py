@@ -124,7 +124,11 @@ class GraphView:
     def _inferred(self) -> dict[str, onnx.ValueInfoProto]:
         try:
             inferred = onnx.shape_inference.infer_shapes(self.model.proto)
-        except (RuntimeError, ValueError):  # an operator that onnx cannot infer; what it would tell stays unknown
+        except (
+            onnx.shape_inference.InferenceError,
+            RuntimeError,
+            ValueError,
+        ):  # an operator that onnx cannot infer; what it would tell stays unknown
             return {}
         return {value.name: value for scope in protos(inferred.graph) for value in scope.value_info}
 

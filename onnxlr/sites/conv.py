@@ -56,6 +56,8 @@ class Conv(Product):
         groups = int(node.attrs.get("group", 1))
         if groups > 1 and width == 1:
             return DEPTHWISE
+        if groups < 1 or channels % groups:
+            return f"its {channels} output channels do not fall into {groups} groups"
         patches = patches_of(node, tuple(kernel))
         single = not any(patches.pads) and all(step == 1 for step in (*kernel, *patches.strides))
         return replace(

@@ -68,6 +68,8 @@ def take_inventory(model: Model, shapes: Mapping[str, tuple[int, ...]] | None = 
             found = refusal(bodies) or replace(
                 found, module=modules.get(found.output), bodies=bodies, unseen=unseen(bodies, graph.opset)
             )
+        if isinstance(found, Site) and not found.d_in * found.d_out:
+            found = "its weight is empty"
         if isinstance(found, Site):
             sites.append(found)
         elif found is not None:

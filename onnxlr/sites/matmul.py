@@ -37,6 +37,8 @@ class MatMul(Product):
     adds_bias = False
 
     def find(self, node: gs.Node, view: GraphView) -> Site | str | None:
+        if len(node.inputs) != 2:
+            return "it has not two inputs"
         left, right = (view.is_constant(tensor) for tensor in node.inputs)
         if left and right:
             return "both of its operands are constant: fold constants first"

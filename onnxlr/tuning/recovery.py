@@ -172,7 +172,7 @@ def _watched(
 ) -> list[tuple[Feed, NDArray[Any] | None]]:
     """So many that watching takes a fifth of the time: two models run them forwards, and a step is the work of four."""
     most = steps * batch // (2 * EVALUATIONS)
-    watched = numbered_batches(spread(held_out, min(max(most, LEAST_WATCHED), WATCHED)), batch, inputs)
+    watched = numbered_batches(spread(held_out, min(max(most, LEAST_WATCHED), WATCHED)).indexed(), batch, inputs)
     return [(feed, None if labels is None else labels[numbers]) for numbers, feed in watched]
 
 
