@@ -175,8 +175,8 @@ def _warnings(
     yield from case.notes
     if (fixed := fixed_batch(case.inputs) or 1) > 1:
         yield (
-            f"the first axis of the inputs is fixed to {fixed} and taken for the batch: samples were put together anew, "
-            f"{fixed} to a run; where it is none, give the model a batch axis of 1 in front"
+            f"the first axis of the inputs is fixed to {fixed} and taken for the batch: {fixed} samples to a run, put "
+            "together anew; where it is none, give the model a batch axis of 1 in front"
         )
     for part in parts:
         if part.rows is not None and part.rows <= part.dim:

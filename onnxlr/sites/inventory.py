@@ -65,11 +65,12 @@ def take_inventory(model: Model, shapes: Mapping[str, tuple[int, ...]] | None = 
         family = family_of(node)
         found = family.find(node, view) if family is not None else unsupported(node, view)
         if isinstance(found, Site):
-            found = refusal(bodies) or replace(
-                found, module=modules.get(found.output), bodies=bodies, unseen=unseen(bodies, graph.opset)
+            empty = "" if found.d_in * found.d_out else "its weight is empty"
+            found = (
+                empty
+                or refusal(bodies)
+                or replace(found, module=modules.get(found.output), bodies=bodies, unseen=unseen(bodies, graph.opset))
             )
-        if isinstance(found, Site) and not found.d_in * found.d_out:
-            found = "its weight is empty"
         if isinstance(found, Site):
             sites.append(found)
         elif found is not None:
