@@ -57,7 +57,9 @@ def gather(
         recall=lambda settings, make: recall("moments", settings, make),
         progress=lambda done: progress("calibrate", done, None),
     )
-    return replace(stats if gradients is None else beside(stats, gradients), no_gradients=no_gradients)
+    if gradients is None:
+        return replace(stats, no_gradients=no_gradients)
+    return replace(beside(stats, gradients), loss=config.loss or "")
 
 
 def _in_memory(stage: str, settings: object, make: Callable[[], Stats]) -> Stats:
@@ -105,6 +107,21 @@ def require_same_model(stats: Stats, model: Model) -> Stats:
     if stats.model != model.fingerprint():
         raise StatsError("these moments were gathered on another model: run `onnxlr calibrate` on this one")
     return stats
+
+
+def require_same_loss(stats: Stats, config: Config) -> None:
+    """Refuse moments whose gradients are not of the loss that is asked for.
+
+    Raises
+    ------
+    StatsError
+        They are of another, or of the outputs, or there are none.
+    """
+    if config.loss is not None and config.loss != stats.loss:
+        found = f"are of {stats.loss or 'the outputs'}" if has_gradients(stats) else "are missing"
+        raise StatsError(
+            f"the gradients of these moments {found}: give --loss {config.loss} to `onnxlr calibrate`, or leave it out"
+        )
 
 
 def as_gathered(case: Case, stats: Stats, config: Config) -> Case:

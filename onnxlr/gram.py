@@ -148,6 +148,8 @@ class Stats:
         Every how many samples one was held out and never calibrated on.
     no_gradients
         Why there are no gradients among them, where there would be if they could be had.
+    loss
+        What the gradients among them are of, as of `Config.loss`; "" for those of the outputs.
     """
 
     model: str
@@ -156,6 +158,7 @@ class Stats:
     holdout_every: int
     moments: Mapping[str, Moments] = field(repr=False)
     no_gradients: str = ""
+    loss: str = ""
 
     @property
     def sizes(self) -> Mapping[str, Size]:
@@ -174,6 +177,9 @@ class Stats:
             raise StatsError(
                 f"two of the shards are of the same data (sha256 {min(twice)[:12]}): each counts once, so leave one out"
             )
+        if self.loss != other.loss:
+            losses = " and ".join(own.loss or "the outputs" for own in (self, other))
+            raise StatsError(f"gradients of different losses do not add: those of {losses}")
         if self.holdout_every != other.holdout_every:
             raise StatsError(
                 f"shards with different held-out shares do not add: "
@@ -189,6 +195,7 @@ class Stats:
                 lambda key: self.moments[key] + other.moments[key],
             ),
             self.no_gradients or other.no_gradients,
+            self.loss,
         )
 
     def fingerprint(self) -> str:
@@ -216,6 +223,7 @@ class Stats:
             "samples": str(self.samples),
             "holdout_every": str(self.holdout_every),
             "no_gradients": self.no_gradients,
+            "loss": self.loss,
             "rows": json.dumps({key: rows for key, (rows, _) in self.sizes.items()}),
         }
         shapes: dict[str, tuple[int, ...]] = {}
@@ -250,6 +258,7 @@ class Stats:
                     int(header["holdout_every"]),
                     OnDemand(sizes, lambda key: _read(path, key, sizes[key][0])),
                     header.get("no_gradients", ""),
+                    header.get("loss", ""),
                 )
         except FileNotFoundError:
             raise StatsError(f"{path} does not exist: write it with `onnxlr calibrate`") from None

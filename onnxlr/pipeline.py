@@ -26,7 +26,7 @@ from onnxlr.config import Config
 from onnxlr.errors import ConfigError, ModelError, OutputError
 from onnxlr.files import require_writable
 from onnxlr.fusion import fused_operators
-from onnxlr.gathered import as_gathered, gather, require_same_division, require_same_model, resolve
+from onnxlr.gathered import as_gathered, gather, require_same_division, require_same_loss, require_same_model, resolve
 from onnxlr.model_io import load, require_room, save
 from onnxlr.parts import parts_of
 from onnxlr.quantize import require_quantizable
@@ -110,8 +110,6 @@ def compress(
     load_metric(config.metric)
     if stats is not None and config.objective == "weight":
         raise ConfigError("the objective weight uses no moments: leave --stats out, or choose another --objective")
-    if stats is not None and config.loss is not None and tuning is None:
-        raise ConfigError(f"gradients come from --stats: give --loss {config.loss} to `onnxlr calibrate`, and not here")
     path = None if output is None else Path(output)
     if path is not None:
         require_writable(path, force=force)
@@ -180,6 +178,8 @@ def _compress(
     why = ""
     if stats is not None:
         require_same_division(require_same_model(stats, case.model), config)
+        if tuning is None:
+            require_same_loss(stats, config)
     elif config.objective != "weight":
         with clock.stage("calibrate"):
             stats = gather(case, config, progress, truth, work)

@@ -416,3 +416,59 @@ def test_a_closed_stdout(shelf: Path) -> None:
 def test_labels_as_text_are_checked(attempt: Callable[..., Result], tmp_path: Path) -> None:
     (tmp_path / "labels.txt").write_text("1\n2\nthree\n")
     refused(attempt("--labels", tmp_path / "labels.txt"), 1, "labels.txt, line 3: 'three' is not a number")
+
+
+def test_a_stray_data_file_is_found_before_the_work(attempt: Callable[..., Result], tmp_path: Path) -> None:
+    model = external(tmp_path)
+    (tmp_path / "out.onnx.data").write_bytes(b"of an earlier run")
+    refused(attempt("--keep-params", 0.5, model=model), 1, "out.onnx.data exists already: pass --force")
+
+
+def test_a_model_with_external_data_is_replaced_by_its_own_result(shelf: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model.onnx"
+    onnx.save(mlp(), model, save_as_external_data=True, location="model.onnx.data", size_threshold=0)
+    report = tmp_path / "report.json"
+    options = ("--objective", "output", "--keep-params", 0.6, "--rounds", 0, "--threads", 1, "--report", report)
+    done = invoke("compress", model, "--calib", shelf / "calib", "-o", model, "--force", *options)
+    assert (done.code, report.exists()) == (0, True), done.err
+
+
+def test_a_loss_for_moments_that_are_there(attempt: Callable[..., Result], shelf: Path, tmp_path: Path) -> None:
+    moments = tmp_path / "m.safetensors"
+    common = ("--calib", shelf / "calib", "--objective", "output", "--threads", 1)
+    assert invoke("calibrate", shelf / "mlp.onnx", *common, "-o", moments).code == 0
+    loss = ("--loss", "cross-entropy", "--labels", shelf / "labels.npy")
+    refused(
+        attempt("--keep-params", 0.5, "--stats", moments, *loss),
+        1,
+        "the gradients of these moments are missing: give --loss cross-entropy",
+    )
+
+
+def test_forms_that_settings_leave_nothing_of(attempt: Callable[..., Result]) -> None:
+    refused(attempt("--energy", 0.9, "--forms", "width,shared"), 2, "--forms shared,width none is of use with --energy")
+    refused(attempt("--then", "int8", "--forms", "block"), 2, "--forms block none is of use with --then int8: add pair")
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (("--mean", "0.5", "--std", "x"), ("--std 'x' is no number",)),
+        (("--resize", "16x16x99"), ("--resize '16x16x99' is neither a side nor height and width",)),
+        (("--rank-multiple", "\u00b2"), ("neither auto nor a number",)),
+        (("--rank", "w1=\u00b2"), ("is not of the form PATTERN=R",)),
+    ],
+)
+def test_the_option_that_is_wrong_is_named(
+    attempt: Callable[..., Result], options: tuple[str, ...], parts: tuple[str, ...]
+) -> None:
+    misused(attempt("--keep-params", 0.5, *options), *parts)
+
+
+def test_test_data_from_other_files(attempt: Callable[..., Result], tmp_path: Path) -> None:
+    tensor = onnx.numpy_helper.from_array(rows(1), "x")
+    onnx.external_data_helper.set_external_data(tensor, "elsewhere")
+    tensor.ClearField("raw_data")
+    (tmp_path / "test_data_set_0").mkdir()
+    (tmp_path / "test_data_set_0" / "input_0.pb").write_bytes(tensor.SerializeToString())
+    refused(attempt(calib=tmp_path / "test_data_set_0"), 1, "input_0.pb", "its values are in another file")

@@ -352,7 +352,9 @@ def test_what_does_not_add_says_why() -> None:
     with pytest.raises(StatsError, match="moments of different tensors do not add: only one of the files has 'c'"):
         stats + gather(chain(), cut(X), "utilized")
     with pytest.raises(StatsError, match="one sample of 8 and one of 5"):
-        stats + gather(chain(), cut(X), holdout_every=5)
+        stats + gather(chain(), cut(X[1:]), holdout_every=5)
+    with pytest.raises(StatsError, match=r"two of the shards are of the same data .* leave one out"):
+        (stats + gather(chain(), cut(X[1:]))) + stats
 
 
 def test_files_that_are_no_moments_say_so(tmp_path: Path) -> None:
@@ -471,3 +473,20 @@ def test_what_a_pass_does_not_need_is_not_there_also_in_an_old_model() -> None:
         inputs = [spec for spec in Session(model).inputs if spec.name == "x"]
         stats = accumulate(model, take_inventory(model), cut(X), inputs, CONFIG)
         assert stats.moments.keys() == (set() if ir == 8 and more else {"x", "b"})
+
+
+def test_padding_does_not_enter_the_patches_of_a_convolution_as_long_as_its_input() -> None:
+    model = parsed(
+        "(float[N, 4, S] x, int64[N, S] mask) => (float[N, 16, S] y)",
+        "y = Conv<kernel_shape = [3], pads = [1, 1]>(x, w)",
+        w=random(1, 16, 4, 3),
+    )
+    found = []
+    for junk in (0.0, 100.0):
+        samples = [{"x": random(seed, 1, 4, 10), "mask": np.array([[1] * 4 + [0] * 6])} for seed in range(9)]
+        for sample in samples:
+            sample["x"][:, :, 5:] = junk
+        stats = calibrate(model, samples, Config(objective="output", mask="mask", threads=1, holdout_every=9))
+        found.append(next(iter(stats.moments.values())))
+    assert found[0].count == found[1].count == 8 * 4
+    np.testing.assert_array_equal(found[0].gram, found[1].gram)

@@ -210,8 +210,9 @@ def test_compress_with_stats_is_compress_bit_for_bit(
 @pytest.fixture
 def without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if torch were not installed."""
-    for name in ("onnxlr.fisher", "onnxlr.torch_graph"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
+    needing = ("onnxlr.fisher", "onnxlr.torch_graph", "onnxlr.tuning")
+    for name in [name for name in sys.modules if name.startswith(needing)]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torch", None)
 
 
@@ -238,6 +239,14 @@ def test_why_there_are_no_gradients_is_said_wherever_they_are_missed(
     refused = compress("--energy", 0.9, "--force", "--objective", "fisher")
     assert (refused.code, refused.out) == (1, "")
     assert "pip install 'onnxlr[torch]'" in refused.err
+
+
+@pytest.mark.usefixtures("without_torch")
+def test_what_fine_tuning_lacks_is_said(compress: Callable[..., Result], shelf: Path, tmp_path: Path) -> None:
+    small = (shelf / "mlp.onnx", shelf / "mlp.onnx", "--calib", shelf / "calib", "-o", tmp_path / "tuned.onnx")
+    for done in (compress("--energy", 0.9, "--finetune"), invoke("finetune", *small)):
+        assert (done.code, done.out) == (1, "")
+        assert "pip install 'onnxlr[torch]'" in done.err
 
 
 def test_gradients_of_a_loss_from_the_command_line(

@@ -192,12 +192,23 @@ def test_load_data_script(tmp_path: Path) -> None:
         ("def load_data(): yield [1.0]", "feed 0: is a list, expected a feed"),
         ("def load_data():\n    yield {'x': [[0.0, 0.0]]}\n    1 / 0", r"load_data\(\) failed .ZeroDivisionError"),
         ("def load_data(): return []", "gave no samples"),
+        ("import sys\ndef load_data(): sys.exit(5)", r"load_data\(\) failed .SystemExit: 5"),
     ],
 )
 def test_scripts_that_fail(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "data.py").write_text(text)
     with pytest.raises(DataError, match=rf"data\.py.*{message}"):
         values(tmp_path / "data.py")
+
+
+def test_what_a_script_prints_is_no_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "data.py").write_text(
+        "print('reading')\ndef load_data():\n    print('giving')\n    for i in range(2): yield {'x': [[i, i + 1.0]]}\n"
+    )
+    assert values(tmp_path / "data.py") == [0, 1]
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert {"reading", "giving"} <= set(said.err.split())
 
 
 def test_paths_without_data(tmp_path: Path) -> None:
@@ -256,6 +267,9 @@ def test_label_arrays_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="expected one array, the labels, got 'a', 'b'"):
         load_labels(tmp_path / "two.npz")
     np.save(tmp_path / "text.npy", np.array(["a"]))
+    np.save(tmp_path / "one.npy", np.array(3))
+    with pytest.raises(DataError, match="holds no labels"):
+        load_labels(tmp_path / "one.npy")
     with pytest.raises(DataError, match="labels must be finite numbers, got str"):
         load_labels(tmp_path / "text.npy")
     np.save(tmp_path / "objects.npy", np.array([None]))

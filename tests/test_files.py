@@ -131,3 +131,12 @@ except OutputError as error:
     assert done.stdout == f"{path} cannot be written: File too large\n"
     assert list(tmp_path.iterdir()) == ([path] if old else [])
     assert not old or path.read_bytes() == b"old"
+
+
+def test_what_is_no_ordinary_file_is_never_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for force in (False, True):
+        with pytest.raises(OutputError, match="pipe is no ordinary file"):
+            require_writable(pipe, force=force)
+    assert pipe.is_fifo()

@@ -271,7 +271,7 @@ def test_compress_weighs_errors_by_a_loss_on_labels() -> None:
 
     def by_hand(labels: Array) -> tuple[float, float]:
         moments = Moments(70, np.zeros(4), 70 * of_cross_entropy(labels))
-        return kept(labels, replace(plain, moments={**plain.moments, "h:gradient": moments}))
+        return kept(labels, replace(plain, moments={**plain.moments, "h:gradient": moments}, loss=config.loss))
 
     held_out = LABELS.copy()
     held_out[1::8] = (LABELS[1::8] + 1) % 4
@@ -356,3 +356,17 @@ def test_without_torch_the_message_says_what_to_install() -> None:
     script = "import sys; sys.modules['torch'] = None\ntry: import onnxlr.fisher\nexcept Exception as e: print(e)"
     printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert "pip install 'onnxlr[torch]'" in printed
+
+
+def test_padding_does_not_scale_what_probes_find() -> None:
+    model = parsed(
+        "(float[N, S, 8] x, int64[N, S] mask) => (float[N, S, 8] y)", "y = MatMul(x, w)", w=np.eye(8, dtype=np.float32)
+    )
+    found = []
+    for junk in (0.0, 1e3):
+        samples = [{"x": random(seed, 1, 6, 8), "mask": np.array([[1] * 3 + [0] * 3])} for seed in range(9)]
+        for sample in samples:
+            sample["x"][:, 3:] = junk
+        stats = calibrate(model, samples, Config(objective="fisher", mask="mask", threads=1, holdout_every=9))
+        found.append(stats.moments["y:gradient"].gram)
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-6)

@@ -153,3 +153,36 @@ def test_a_bound_that_bits_alone_exceed_is_refused(tmp_path: Path) -> None:
 def test_an_unknown_step() -> None:
     with pytest.raises(ConfigError, match="unknown step 'int4' after compression"):
         Config(then="int4")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("then", ["int8", "int8-static"])
+def test_weights_of_another_type_are_refused_before_the_work(then: Any) -> None:
+    config = Config(target=Target("keep_params", 0.6), then=then, threads=1)
+    with pytest.raises(ConfigError, match=f"--then {then} takes weights of float32, and there are some of float16"):
+        onnxlr.compress(half(), [{"x": row[None].astype(np.float16)} for row in rows(16)], config)
+
+
+def half() -> onnx.ModelProto:
+    weight = decaying(np.random.default_rng(0), 64, 64, 0.9).astype(np.float16)
+    return parse("half (float16[N, 64] x) => (float16[N, 64] y) { y = MatMul(x, w) }", {"w": weight})
+
+
+def test_scales_by_column_need_opset_13() -> None:
+    model = parse(
+        "old (float[N, 64] x) => (float[N, 64] y) { y = MatMul(x, w) }",
+        {"w": decaying(np.random.default_rng(0), 64, 64, 0.9)},
+        opset=11,
+    )
+    config = Config(target=Target("keep_params", 0.6), then="int8-static", threads=1)
+    with pytest.raises(ConfigError, match="--then int8-static needs operators of opset 13, the model has 11"):
+        onnxlr.compress(model, [{"x": row[None]} for row in rows(16)], config)
+
+
+@pytest.mark.parametrize("then", THENS)
+def test_a_model_with_external_data(tmp_path: Path, then: Any) -> None:
+    model = tmp_path / "model.onnx"
+    onnx.save(mlp(), model, save_as_external_data=True, location="model.data", size_threshold=0)
+    feeds = [{"x": row[None]} for row in rows(8)]
+    after = quantize(onnxlr.load(model), then, feeds)
+    feed = {"x": rows(32)}
+    assert relative(run(after.proto, feed), run(mlp(), feed)) < LOSS[then]

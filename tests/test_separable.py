@@ -371,7 +371,7 @@ def test_only_what_is_asked_for_is_gathered_and_offered() -> None:
         return {key for key in accumulate(model, inventory, DATA[:8], inputs, config).moments if ":patches" in key}
 
     assert {key.partition(":")[0] for key in gathered()} == {"x", "b", "d"}
-    assert gathered(target=Target("energy", 0.9)) == gathered(forms=frozenset({"pair"})) == set()
+    assert gathered(forms=frozenset({"pair"})) == set()
     for weight in (weight for weight in inventory.weights if weight.name != "w4"):
         offered = separable_ranks(weight, Config(**SETTINGS))
         column, row = weight.d_in // 3, 3 * weight.d_out

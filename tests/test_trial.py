@@ -229,3 +229,20 @@ def test_a_run_that_begins_inside_tells_the_same_error() -> None:
     assert len(list(groupby(begun))) == len(set(begun)) == 5
     assert begun[0] is None
     assert begun[-1] not in (None, begun[-10])
+
+
+def test_labels_stay_with_their_samples_where_a_batch_in_between_is_left_out() -> None:
+    model = parsed(
+        "(float[2, S, 4] x) => (float[2, 4] y)",
+        "h = MatMul(x, w) y = ReduceMax<axes = [1], keepdims = 0>(h)",
+        w=5 * np.eye(4, dtype=np.float32),
+    )
+    lengths, labels = [3, 3, 3, 5, 5, 5, 5, 4, 4], np.array([0, 1, 2, 3, 1, 0, 2, 3, 3])
+    samples = [{"x": np.zeros((1, length, 4), np.float32)} for length in lengths]
+    for sample, label in zip(samples, labels, strict=True):
+        sample["x"][0, :, label] = 1
+    inventory = take_inventory(model)
+    trial = Trial(inventory, inventory.weights, Session(model, threads=1).inputs, CONFIG, corrected=True)
+    with pytest.warns(UserWarning, match="1 samples left out"):
+        observed = trial.observe(samples, labels)
+    assert trial.metric({}, observed) == 1.0

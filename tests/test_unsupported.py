@@ -103,3 +103,20 @@ def test_a_product_with_a_sparse_matrix_is_listed(stored: str) -> None:
         graph.sparse_initializer.append(sparse)
     (refusal,) = take_inventory(from_proto(helper.make_model(graph, ir_version=8))).refusals
     assert (refusal.op, refusal.reason) == ("SparseToDenseMatMul", REASONS["SparseToDenseMatMul"])
+
+
+@pytest.mark.parametrize(
+    ("node", "shape", "reason"),
+    [
+        ("y = Conv<group = 0>(x, w)", (4, 2, 1, 1), "its 4 output channels do not fall into 0 groups"),
+        ("y = Conv<group = 3>(x, w)", (4, 2, 1, 1), "its 4 output channels do not fall into 3 groups"),
+        ("y = MatMul(w)", (4, 2, 1, 1), "it has not two inputs"),
+        ("y = MatMul(x, w)", (32, 0), "its weight is empty"),
+    ],
+)
+def test_nodes_that_make_no_sense_are_listed(node: str, shape: tuple[int, ...], reason: str) -> None:
+    text = f'<ir_version: 8, opset_import: ["" : 17]> g (float[N, 6, 8, 32] x) => (y) {{ {node} }}'
+    proto = onnx.parser.parse_model(text)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(shape, np.float32), "w"))
+    (refusal,) = take_inventory(from_proto(proto)).refusals
+    assert refusal.reason == reason

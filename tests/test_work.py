@@ -273,3 +273,14 @@ def test_tensor_files_are_safetensors(tmp_path: Path) -> None:
             np.testing.assert_array_equal(found[name], array)
     Stats("m", (), 1, 8, {}).save(tmp_path / "s")
     assert map_tensors(tmp_path / "s") == {}
+
+
+@pytest.mark.parametrize("stage", ["importance", "plan"])
+def test_a_damaged_result_is_named(tmp_path: Path, stage: str) -> None:
+    shrink(tmp_path, work=tmp_path / "work")
+    (damaged,) = (tmp_path / "work").glob(f"{stage}-*.json")
+    damaged.write_text("{")
+    if stage == "importance":
+        next((tmp_path / "work").glob("plan-*.json")).unlink()
+    with pytest.raises(OutputError, match=rf"{damaged.name} is damaged .*: delete it"):
+        shrink(tmp_path, work=tmp_path / "work")

@@ -124,12 +124,8 @@ class GraphView:
     def _inferred(self) -> dict[str, onnx.ValueInfoProto]:
         try:
             inferred = onnx.shape_inference.infer_shapes(self.model.proto)
-        except (
-            onnx.shape_inference.InferenceError,
-            RuntimeError,
-            ValueError,
-        ):  # an operator that onnx cannot infer; what it would tell stays unknown
-            return {}
+        except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
+            return {}  # an operator that onnx cannot infer; what it would tell stays unknown
         return {value.name: value for scope in protos(inferred.graph) for value in scope.value_info}
 
     def origins(self, tensor: gs.Tensor) -> set[str]:
