@@ -83,12 +83,11 @@ class OutputDecomposition(Ordered):
         moments: Moments,
         *,
         observed_output: bool = False,
-        ridge: float = RIDGE,
     ) -> None:
         self._weight = weight
         self._mean = moments.mean if observed_output else moments.mean @ weight
         outputs = _of_outputs(weight, moments, observed_output=observed_output)
-        self._basis = eigen(_ridged(outputs, weight, moments, self._mean, ridge)).vectors[:, : min(weight.shape)]
+        self._basis = eigen(_ridged(outputs, weight, moments, self._mean)).vectors[:, : min(weight.shape)]
         super().__init__(np.maximum(np.einsum("ir,ir->r", self._basis, outputs @ self._basis), 0.0))
 
     def unbalanced(self, rank: int) -> Factors:
@@ -102,13 +101,13 @@ def _of_outputs(weight: Matrix, moments: Moments, *, observed_output: bool) -> M
     return covariance if observed_output else weight.T @ (covariance @ weight)
 
 
-def _ridged(outputs: Matrix, weight: Matrix, moments: Moments, mean: Matrix, ridge: float) -> Matrix:
+def _ridged(outputs: Matrix, weight: Matrix, moments: Moments, mean: Matrix) -> Matrix:
     """What orders the directions of the output; its covariance is left as it is."""
     gram = weight.T @ weight
     energy = float(np.trace(outputs))
     if energy <= _floor(moments, float(mean @ mean)):
         return gram
-    gram *= ridge * energy / max(float(np.trace(gram)), np.finfo(np.float64).tiny)
+    gram *= RIDGE * energy / max(float(np.trace(gram)), np.finfo(np.float64).tiny)
     gram += outputs
     return gram
 
@@ -135,10 +134,10 @@ class InputDecomposition(Ordered):
         `G`; None for the identity.
     """
 
-    def __init__(self, weight: Matrix, moments: Moments, gain: Gain | None = None, *, ridge: float = RIDGE) -> None:
+    def __init__(self, weight: Matrix, moments: Moments, gain: Gain | None = None) -> None:
         self._weight, self._mean = weight, moments.mean
         covariance, gram = moments.covariance, _between(weight, gain)
-        root = _root_of_inputs(covariance, gram, moments, ridge)
+        root = _root_of_inputs(covariance, gram, moments)
         spectrum = eigen(root @ gram @ root.T)
         self._first: Matrix = scipy.linalg.solve_triangular(root, spectrum.vectors, check_finite=False)
         self._reading = root.T @ spectrum.vectors
@@ -161,12 +160,12 @@ def _energy(covariance: Matrix, gram: Matrix, moments: Moments) -> float:
     return energy if energy > _floor(moments, float(moments.mean @ gram @ moments.mean)) else 0.0
 
 
-def _root_of_inputs(covariance: Matrix, gram: Matrix, moments: Moments, ridge: float) -> Matrix:
+def _root_of_inputs(covariance: Matrix, gram: Matrix, moments: Moments) -> Matrix:
     """An upper triangular `R`, of `R^T R` the covariance with the ridge that the gram of the weight gives."""
     energy = _energy(covariance, gram, moments)
     if not energy:
         return np.eye(len(gram))
-    level = ridge * energy / max(float(np.trace(gram)), np.finfo(np.float64).tiny)
+    level = RIDGE * energy / max(float(np.trace(gram)), np.finfo(np.float64).tiny)
     # less is what rounding makes of eigenvalues that are 0, most of all beside a large mean
     level = max(
         level,
@@ -199,7 +198,7 @@ def foreseen_by_inputs(weight: Matrix, moments: Moments, gain: Gain | None) -> M
     covariance, gram = moments.covariance, _between(weight, gain)
     if not _energy(covariance, gram, moments):
         return np.zeros(len(gram) + 1)
-    root = _root_of_inputs(covariance, gram, moments, RIDGE)
+    root = _root_of_inputs(covariance, gram, moments)
     return tails(eigenvalues(root @ gram @ root.T))
 
 

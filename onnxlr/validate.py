@@ -76,7 +76,7 @@ class Validation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {**asdict(self), "outputs": [asdict(output) for output in self.outputs]}
+        return asdict(self)
 
 
 def validate(

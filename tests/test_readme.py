@@ -34,6 +34,14 @@ def test_every_option_named_exists() -> None:
     assert named <= known
 
 
+@pytest.mark.parametrize(("section", "command"), [("## Compress", "compress"), ("## Fine-tune", "finetune")])
+def test_a_table_of_options_is_of_its_command(section: str, command: str) -> None:
+    text = README.partition(f"\n{section}\n")[2].partition("\n## ")[0]
+    options = set(re.findall(r"(--[a-z][a-z-]*)", "".join(re.findall(r"^\| (`-.*?) \|", text, re.MULTILINE))))
+    assert len(options) > 5
+    assert options <= {option for parameter in cli.commands[command].params for option in parameter.opts}
+
+
 def test_every_command_is_described() -> None:
     assert all(f"onnxlr {name}" in README for name in cli.commands)
 

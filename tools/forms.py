@@ -1,7 +1,7 @@
 """Objectives, allocations and forms side by side, at equal parameters, on data that calibration never saw.
 
     python tools/forms.py fashion
-    python tools/forms.py minilm --folder minilm [--scatter samples/predicted.svg]
+    python tools/forms.py minilm --folder minilm [--scatter samples/fashion_vit/predicted.svg]
 
 Every cell compresses the model to a share of the parameters of its linear layers and prints the relative error of the
 outputs and, in parentheses, top-1 (fashion: 1,000 labelled images) or the mean cosine of sentence embeddings (minilm,
@@ -212,9 +212,7 @@ def draw_scatter(points: list[tuple[str, float, float]], path: Path) -> None:
 
     mpl.rcParams["svg.hashsalt"] = "onnxlr"  # the same figures give the same file
     figure, axes = plt.subplots(figsize=(4.2, 3.6), layout="constrained")
-    for name, colour in zip(
-        ("weight", "utilized", "output", "fisher"), ("#b0b0b0", "#e08a2e", "#1f6fb4", "#2a9d5c"), strict=True
-    ):
+    for name, colour in COLOURS.items():
         own = [(x, y) for objective, x, y in points if objective == name]
         if own:
             axes.plot(*zip(*own, strict=True), "o", color=colour, label=name, alpha=0.8)

@@ -20,6 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from onnxlr.gram import FORMAT
 from onnxlr.report import plain, terminal
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def show_json(document: Any) -> None:
 def show_stats(stats: Stats, output: Path, as_json: bool, *, objective: str = "", reason: str = "") -> None:
     """Print what a moments file holds, and for which objective and why where that is known."""
     document = {
-        "format": "onnxlr-moments/1",
+        "format": FORMAT,
         "output": str(output),
         "model": stats.model,
         "data": stats.data,

@@ -85,7 +85,7 @@ class ImageOptions:
 
     @classmethod
     def convention(cls, name: str) -> ImageOptions:
-        """Return the options of a convention: "model", "none", "unit" (the same), "torchvision" or "timm".
+        """Return the options of a convention: "model", "unit", "torchvision" or "timm".
 
         Raises ConfigError for any other name.
         """
@@ -117,12 +117,9 @@ class ImageOptions:
         return replace(self, **{name: getattr(own, name) for name in lacking})
 
 
-_UNIT = ImageOptions(mean=(0.0,), std=(1.0,), crop_pct=1.0, interpolation="bilinear")
-
 _CONVENTIONS = {
     "model": ImageOptions(),
-    "none": _UNIT,
-    "unit": _UNIT,
+    "unit": ImageOptions(mean=(0.0,), std=(1.0,), crop_pct=1.0, interpolation="bilinear"),
     "torchvision": ImageOptions(
         mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), crop_pct=0.875, interpolation="bilinear"
     ),

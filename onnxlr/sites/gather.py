@@ -2,7 +2,7 @@
 
 A table `W [V, d]` is a linear layer `y = x W` whose rows `x` are one-hot, so nothing of the size `V x V` need be
 formed: the moments of what is gathered are `W^T diag(counts) W [d, d]` (and rows that were never gathered count a
-little, see `onnxlr.calibrate.UNSEEN`). The pair gathers rows of `A [V, r]` and
+little, see `onnxlr.probes.UNSEEN`). The pair gathers rows of `A [V, r]` and
 multiplies them by `B [r, d]`; only the second product costs anything. No tensor shows `x`, indices stand for it.
 """
 

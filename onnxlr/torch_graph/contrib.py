@@ -34,10 +34,8 @@ _ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
 
 
 def _activated(x: Tensor, name: str, parameters: Sequence[float]) -> Tensor:
-    return _ACTIVATIONS[name](x, *parameters) if name == "Clip" else _with_parameters(x, name, parameters)
-
-
-def _with_parameters(x: Tensor, name: str, parameters: Sequence[float]) -> Tensor:
+    if name == "Clip":
+        return torch.clamp(x, *parameters)
     return _ACTIVATIONS[name](x, **dict(zip(("alpha", "beta"), parameters, strict=False)))
 
 

@@ -16,11 +16,11 @@ from onnxlr.torch_graph.registry import Implementation, Missing, find
 from onnxlr.torch_graph.tensors import DTYPES, type_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping
 
     from onnx import FunctionProto, GraphProto, NodeProto, TensorProto
 
-DOMAINS = {"ai.onnx": "", "": ""}
+DOMAINS = {"ai.onnx": ""}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -141,20 +141,18 @@ class Compiler:
 
         function = self.functions.get((domain, node.op_type, node.overload))
         if function is not None:
-            called = self._call(function, path, attributes, inputs)
+            called = self._call(function, path, attributes)
             return Step(label, node.op_type, domain, inputs, outputs, {}, None, called, opset, (called,), reads)
         implementation = find(domain, node.op_type, opset)
         if implementation is None:
             self.missing.add(node.op_type, domain, opset)
-        else:
-            attributes = {**attributes}
-            if reason := implementation.refusal(attributes):
-                self.missing.add(node.op_type, domain, opset, reason)
+        elif reason := implementation.refusal(attributes):
+            self.missing.add(node.op_type, domain, opset, reason)
         return Step(
             label, node.op_type, domain, inputs, outputs, attributes, implementation, None, opset, tuple(bodies), reads
         )
 
-    def _call(self, function: FunctionProto, path: str, attributes: dict[str, Any], inputs: Sequence[str]) -> Graph:
+    def _call(self, function: FunctionProto, path: str, attributes: dict[str, Any]) -> Graph:
         given = {a.name: _text(onnx.helper.get_attribute_value(a)) for a in function.attribute_proto} | attributes
         opsets = self.opsets | {_domain(entry.domain): entry.version for entry in function.opset_import}
         weights: dict[str, TensorProto] = {}

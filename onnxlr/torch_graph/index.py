@@ -94,7 +94,7 @@ def tensor_scatter(
     return cache.scatter(axis, places.reshape(view).expand(update.shape), update)
 
 
-def _top(x: Tensor, k: int, axis: int, largest: int, is_sorted: int) -> tuple[Tensor, Tensor]:
+def _top(x: Tensor, k: int, axis: int, largest: int) -> tuple[Tensor, Tensor]:
     # of equal values ONNX takes the lower index first; torch.topk promises nothing, a stable sort does
     values, index = x.sort(dim=axis, descending=bool(largest), stable=True)
     return values.narrow(axis, 0, k), index.narrow(axis, 0, k)
@@ -103,13 +103,13 @@ def _top(x: Tensor, k: int, axis: int, largest: int, is_sorted: int) -> tuple[Te
 @operator("TopK", since=1)
 def top_k_1(x: Tensor, *, k: int, axis: int = -1) -> tuple[Tensor, Tensor]:
     """The `k` largest values along an axis and their indices."""
-    return _top(x, k, axis, 1, 1)
+    return _top(x, k, axis, 1)
 
 
 @operator("TopK", since=10, host=(1,))
 def top_k(x: Tensor, k: Tensor, *, axis: int = -1, largest: int = 1, sorted: int = 1) -> tuple[Tensor, Tensor]:  # noqa: A002
     """The `k` largest or smallest values along an axis and their indices."""
-    return _top(x, int(k), axis, largest, sorted)
+    return _top(x, int(k), axis, largest)
 
 
 @operator("NonZero", since=9)

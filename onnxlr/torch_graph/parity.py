@@ -81,8 +81,6 @@ def check_parity(
     model: Model,
     feeds: Iterable[Feed],
     tolerance: float | None = None,
-    *,
-    session: Session | None = None,
 ) -> Parity:
     """Compare a graph with onnxruntime on feeds.
 
@@ -95,8 +93,6 @@ def check_parity(
     tolerance
         The largest relative error allowed, of any output and feed; when None 1e-4, or what the shortest type of the
         graph's weights is good for: 1e-2 for float16, 5e-2 for bfloat16.
-    session
-        One of `model` that exists already; made here otherwise, on the CPU.
 
     Raises
     ------
@@ -105,7 +101,7 @@ def check_parity(
     DataError
         There are no feeds.
     """
-    session = session or Session(model)
+    session = Session(model)
     if tolerance is None:
         tolerance = max((_TOLERANCES.get(parameter.dtype, 0.0) for parameter in graph.parameters()), default=0.0)
         tolerance = max(tolerance, 1e-4)

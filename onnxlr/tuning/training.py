@@ -49,12 +49,12 @@ AVERAGED = 0.02
 LEAST_SIZE = 1e-2
 """Weights whose root mean square is smaller are moved as if it were this."""
 CLIP = 1.0
+"""The largest norm of a gradient."""
 MUCH_WORSE = 1.15
 """The learning rate is cut where what is watched exceeds its best by this factor."""
 CUT = 1 / 3
 CUTS = 8
 """After so many cuts the run ends."""
-"""The largest norm of a gradient."""
 
 
 @dataclass(slots=True)
