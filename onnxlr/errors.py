@@ -63,3 +63,8 @@ class GateError(OnnxlrError):
     """A target or a parity gate that was not met."""
 
     exit_code = 3
+
+
+def one_line(error: BaseException) -> str:
+    """What an error of somebody else's code says, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}" if str(error).strip() else type(error).__name__

@@ -20,6 +20,7 @@ from onnxlr.data import IMAGES_KEY
 from onnxlr.errors import ConfigError, GateError, ModelError, OutputError
 from onnxlr.files import require_writable
 from onnxlr.model_io import PROTOBUF_LIMIT, load, save
+from onnxlr.protos import opset_of
 from onnxlr.reference import parse_reference
 from onnxlr.session import Session
 
@@ -144,7 +145,7 @@ def export(
     return Export(
         reference=str(reference),
         output=str(path),
-        opset=next(entry.version for entry in model.proto.opset_import if entry.domain in ("", "ai.onnx")),
+        opset=opset_of(model.proto),
         parameters=sum(p.numel() for p in source.module.parameters()),
         nbytes=load(path).nbytes,
         inputs={spec.name: str(spec) for spec in session.inputs},

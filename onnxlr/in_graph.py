@@ -30,6 +30,7 @@ from onnxlr.errors import DataError
 from onnxlr.liveness import keep_only
 from onnxlr.model_io import from_proto
 from onnxlr.probes import probe_key
+from onnxlr.protos import opset_of
 from onnxlr.running import PIECE
 from onnxlr.session import Session
 from onnxlr.sums import not_finite
@@ -66,7 +67,7 @@ def taken(
     sums: Mapping[Probe, RunningMoments],
 ) -> list[Probe]:
     """Those of `wanted` that the graph can add up, after a first batch that is in `sums`."""
-    if _opset(model) < SINCE or any(spec.dtype == object for spec in inputs):
+    if opset_of(model.proto) < SINCE or any(spec.dtype == object for spec in inputs):
         return []
     return [
         (tensor, rows)
@@ -172,7 +173,7 @@ def with_moments(
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
     graph, parts = proto.graph, []
-    nodes = _Nodes(graph, _opset(model))
+    nodes = _Nodes(graph, opset_of(model.proto))
     given = [value for value in graph.output if value.name in outputs]
     for probe, running in sums.items():
         before, after = _gram_names(probe)
@@ -190,10 +191,6 @@ def with_moments(
 
 def _gram_names(probe: Probe) -> tuple[str, str]:
     return f"{probe_key(probe)}:gram", f"{probe_key(probe)}:gram/added"
-
-
-def _opset(model: Model) -> int:
-    return next((entry.version for entry in model.proto.opset_import if entry.domain in ("", "ai.onnx")), 0)
 
 
 @dataclass(slots=True)

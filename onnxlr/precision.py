@@ -21,7 +21,7 @@ from onnxlr.data_file import DataFile
 from onnxlr.errors import ModelError, OutputError
 from onnxlr.external_data import is_external
 from onnxlr.model_io import from_proto
-from onnxlr.protos import PAYLOAD, copy_around_tensors, copy_fields, tensors
+from onnxlr.protos import PAYLOAD, copy_around_tensors, copy_fields, nodes, tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -59,7 +59,7 @@ def widened(model: Model, data: DataFile | None = None) -> Model:
     ExternalDataError
         The weights cannot be read.
     """
-    for node in _nodes(model.proto):
+    for node in nodes(model.proto):
         if node.op_type in BITWISE:
             raise ModelError(
                 f"the model has no float32 self: {node.op_type} {node.name or node.output[0]!r} reads numbers by bits"
@@ -129,7 +129,7 @@ def _types(proto: onnx.ModelProto) -> Iterator[tuple[int, Any]]:
     values += [value for scope in _graphs(proto) for value in (*scope.input, *scope.output)]
     for value in values:
         yield from _elements(value.type)
-    for node in _nodes(proto):
+    for node in nodes(proto):
         for attribute in node.attribute:
             if attribute.name in TYPE_ATTRIBUTES and attribute.type == AttributeProto.INT:
                 yield attribute.i, attribute
@@ -153,19 +153,8 @@ def _elements(kind: onnx.TypeProto) -> Iterator[tuple[int, Any]]:
 def _graphs(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
     """The main graph and all bodies, those in local functions too."""
     yield proto.graph
-    for node in _nodes(proto):
+    for node in nodes(proto):
         for attribute in node.attribute:
             if attribute.HasField("g"):
                 yield attribute.g
             yield from attribute.graphs
-
-
-def _nodes(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
-    """All operators, those of bodies and local functions too."""
-    pending = [*proto.graph.node, *(node for function in proto.functions for node in function.node)]
-    while pending:
-        node = pending.pop()
-        yield node
-        for attribute in node.attribute:
-            for body in (attribute.g, *attribute.graphs):
-                pending.extend(body.node)

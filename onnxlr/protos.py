@@ -12,7 +12,9 @@ from google.protobuf.message import Message
 from onnx import AttributeProto, GraphProto, TensorProto
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Set
+    from collections.abc import Callable, Iterable, Iterator, Set
+
+    from onnx import ModelProto, NodeProto
 
 PAYLOAD = frozenset(
     {"raw_data", "float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data"}
@@ -46,6 +48,26 @@ def graphs(graph: GraphProto) -> Iterator[GraphProto]:
                 yield from graphs(attribute.g)
             for body in attribute.graphs:
                 yield from graphs(body)
+
+
+def nodes(proto: ModelProto) -> Iterator[NodeProto]:
+    """Every operator of a model, those of bodies and local functions too."""
+    for own in (proto.graph.node, *(function.node for function in proto.functions)):
+        yield from with_bodies(own)
+
+
+def with_bodies(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
+    """Operators, each before those of the bodies in it."""
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            for body in (attribute.g, *attribute.graphs):
+                yield from with_bodies(body.node)
+
+
+def opset_of(proto: ModelProto) -> int:
+    """The version of ONNX's own operators; 1 where a model of before there were versions states none."""
+    return next((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), 1)
 
 
 def copy_fields(source: Message, target: Message, skip: Set[str] = frozenset()) -> None:

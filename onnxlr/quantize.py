@@ -30,6 +30,7 @@ from onnx import TensorProto, numpy_helper
 
 from onnxlr.errors import ConfigError, ModelError, OnnxlrError, OutputError
 from onnxlr.model_io import from_proto, load, save
+from onnxlr.protos import opset_of
 from onnxlr.session import import_onnxruntime
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def require_quantizable(model: Model, weights: Iterable[Weight], then: Then) -> 
     others = sorted({weight.dtype for weight in weights} - {"float32"})
     if others:
         raise ConfigError(f"--then {then} takes weights of float32, and there are some of {others[0]}: leave it out")
-    opset = next((entry.version for entry in model.proto.opset_import if entry.domain in ("", "ai.onnx")), 1)
+    opset = opset_of(model.proto)
     if then == "int8-static" and opset < 13:
         raise ConfigError(
             f"--then int8-static needs operators of opset 13, the model has {opset}: convert it with "

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from onnxlr.errors import DataError
-from onnxlr.task_metrics import load_function, one_line
+from onnxlr.errors import DataError, one_line
+from onnxlr.task_metrics import load_function
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from onnxlr.errors import ConfigError, DataError
+from onnxlr.errors import ConfigError, DataError, one_line
 from onnxlr.metrics import Array, is_floating
 
 Metric: TypeAlias = Callable[[Mapping[str, Array], Array], float]
@@ -143,8 +143,3 @@ class MeanMetric:
 
 def _class_scores(array: Array, count: int) -> bool:
     return array.ndim == 2 and is_floating(array.dtype) and array.shape[0] == count and array.shape[1] >= 2
-
-
-def one_line(error: Exception) -> str:
-    """What an error of somebody else's code says, in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}" if str(error).strip() else type(error).__name__

@@ -15,9 +15,8 @@ import onnx
 import onnx.inliner
 
 from onnxlr.liveness import defined
-from onnxlr.protos import copy_around_tensors, graphs
+from onnxlr.protos import copy_around_tensors, graphs, with_bodies
 from onnxlr.sites import FAMILIES
-from onnxlr.sites.functions import nodes_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -54,7 +53,9 @@ def unfold(model: Model) -> tuple[Model, tuple[str, ...]]:
 
 def _linear_functions(proto: ModelProto) -> list[tuple[str, str]]:
     """Domains and names of the functions that hold a linear operator, or call one that does."""
-    called = {(f.domain, f.name): {(node.domain, node.op_type) for node in nodes_of(f)} for f in proto.functions}
+    called = {
+        (f.domain, f.name): {(node.domain, node.op_type) for node in with_bodies(f.node)} for f in proto.functions
+    }
     linear: set[tuple[str, str]] = set()
     for _ in called:
         for function, calls in called.items():

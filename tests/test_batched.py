@@ -181,11 +181,9 @@ def test_two_experts_are_compressed() -> None:
     cut = [name for name in ("up", "down") if by_name[name].form == "pair"]
     assert cut
     assert report.after.parameters <= 0.6 * report.before.parameters
-    assert report.validation is not None
     naive = onnxlr.compress(model, [{"x": random(5, 400, 24)}], Config(
         objective="weight", target=Target("keep_params", 0.6), rank_multiple=2, threads=1,
     ))  # fmt: skip
-    assert naive.validation is not None
     assert report.validation.error < naive.validation.error
 
 

@@ -323,8 +323,6 @@ def test_an_embedding_classifier_is_compressed(objective: Any) -> None:
     assert report.after.macs == report.before.macs - sum(w.macs - w.macs_after for w in report.weights)  # type: ignore
     assert not report.refusals
     naive = onnxlr.compress(model, feeds, Config(objective="weight", **options))
-    assert report.validation is not None
-    assert naive.validation is not None
     assert report.validation.error < naive.validation.error
 
 

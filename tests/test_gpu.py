@@ -168,7 +168,6 @@ def test_a_model_compressed_on_the_gpu_is_as_good_as_one_compressed_on_the_cpu(t
     for provider in ("cpu", "cuda"):
         config = replace(CONFIG, provider=provider, target=Target("keep_params", 0.5), rank_multiple=8)
         report = onnxlr.compress(from_proto(conftest.mlp()), data, config, output=tmp_path / f"{provider}.onnx")
-        assert report.validation is not None
         errors[provider] = report.validation.error
     assert errors["cuda"] == pytest.approx(errors["cpu"], rel=1e-2)
     bench = onnxlr.bench([tmp_path / "cpu.onnx", tmp_path / "cuda.onnx"], provider="cuda", runs=5)

@@ -113,7 +113,6 @@ def test_all_kept_is_the_same_model_to_the_byte(shelf: Path, tmp_path: Path, nam
     original = onnx.load(shelf / f"{name}.onnx").SerializeToString(deterministic=True)
     assert (tmp_path / "o.onnx").read_bytes() == original
     assert all(weight.rank is None for weight in report.weights)
-    assert report.validation is not None
     assert report.validation.error == 0
     assert any("nothing was compressed" in warning for warning in report.warnings)
 
@@ -209,7 +208,6 @@ def test_tied_weights_stay_tied(halves: tuple[Report, onnx.ModelProto]) -> None:
 
 def test_two_outputs_are_both_compared(halves: tuple[Report, onnx.ModelProto]) -> None:
     report, written = halves
-    assert report.validation is not None
     feeds = [feed for index, feed in enumerate(sequences(48)) if index % 8 == 1]
     dense, small = ([run(model, feed) for feed in feeds] for model in (attention(), written))
     errors = {}
@@ -293,7 +291,6 @@ def test_a_bound_on_the_error_holds_when_validated_again(
     onnx.save(mlp(), tmp_path / "dense.onnx")
     np.save(tmp_path / "held_out.npy", HELD_OUT)
     for bound, (report, model) in by_bound.items():
-        assert report.validation is not None
         onnx.save(model, tmp_path / "small.onnx")
         command = ("validate", tmp_path / "dense.onnx", tmp_path / "small.onnx", "--data", tmp_path / "held_out.npy")
         result = invoke(*command, "--max-error", bound, "--json")
@@ -335,7 +332,6 @@ def test_all_forms_of_data_give_the_same_ranks(tmp_path: Path) -> None:
     assert reports[0].output is None
     for report in reports[1:]:
         assert [weight.rank for weight in report.weights] == [weight.rank for weight in reports[0].weights]
-        assert report.validation is not None
         assert report.validation.error == pytest.approx(first.error, rel=1e-6)
 
 
@@ -440,8 +436,6 @@ def test_half_precision(tmp_path: Path) -> None:
     half = X[1::8].astype(np.float16)
     error = relative(run(model, {"x": half})["logits"], run(written, {"x": half})["logits"])
     single, _ = shrink(mlp(), FEEDS, tmp_path, Target("keep_params", 0.6), **settings)
-    assert report.validation is not None
-    assert single.validation is not None
     assert report.validation.error == pytest.approx(error, rel=0.02)
     assert report.validation.error == pytest.approx(single.validation.error, rel=0.05)
 
@@ -463,7 +457,6 @@ def test_half_precision_has_blocks_among_hidden_units(tmp_path: Path) -> None:
         ("Concat", "p"), ("Split", "h")]  # fmt: skip
     half = X[1::8].astype(np.float16)
     error = relative(run(model, {"x": half})["y"], run(written, {"x": half})["y"])
-    assert report.validation is not None
     assert report.validation.error == pytest.approx(error, rel=0.02)
     assert report.validation.error == pytest.approx(report.predicted_error, rel=0.5)
 
@@ -473,7 +466,6 @@ def test_data_beat_the_weight_alone(tmp_path: Path) -> None:
     for objective in ("weight", "output"):
         config: dict[str, Any] = {"objective": objective, "ranks": {"w1": 16, "w2": 16}}
         report, _ = shrink(mlp(), FEEDS, tmp_path, Target("energy", 1.0), **config)
-        assert report.validation is not None
         errors[objective] = report.validation.error
     assert errors["output"] < 0.9 * errors["weight"]
 
@@ -489,7 +481,6 @@ def test_the_sample_model_comes_back_identical_and_full_rank_is_exact(tmp_path: 
     config = Config(target=Target("energy", 1.0), ranks=ranks, threads=1)
     report = onnxlr.compress(dense, data, config, output=tmp_path / "full.onnx")
     assert all(weight.rank == min(weight.d_in, weight.d_out) for weight in report.weights)
-    assert report.validation is not None
     assert 0 < report.validation.error < 1e-5
 
 

@@ -137,7 +137,6 @@ def test_low_rank_makes_room_for_what_bits_add(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("onnxlr.search.quantize", disturbed)
     config = Config(target=Target("max_error", 0.1), objective="output", then="int8", threads=1)
     report = onnxlr.compress(mlp(), [{"x": rows(256)}], config)
-    assert report.validation is not None
     assert report.quantized is not None
     assert report.validation.error < 0.09
     assert noisy < report.quantized.validation.error <= 0.1

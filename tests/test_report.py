@@ -80,8 +80,8 @@ def report(**changes: Any) -> Report:
         objective_reason="",
         samples=4096,
         held_out=512,
-        before=ModelFigures(1_234_567, 8_900_000_000, 4_938_268, 12.5, 0.8834),
-        after=ModelFigures(617_283, 4_450_000_000, 2_469_134, 10.0, 0.8801),
+        before=ModelFigures(1_234_567, 8_900_000_000, 4_938_268, 12.5, 0.8834, None),
+        after=ModelFigures(617_283, 4_450_000_000, 2_469_134, 10.0, 0.8801, None),
         predicted_error=0.0287,
         validation=VALIDATION,
         latency_ratio=0.8125,
@@ -126,7 +126,7 @@ def test_the_report_is_json_that_comes_back_as_it_was() -> None:
 def test_figures_that_json_lacks_are_strings_and_missing_ones_null(tmp_path: Path, value: float) -> None:
     validation = replace(VALIDATION, error=value, outputs=(replace(SCORES, relative_l2=value),))
     path = tmp_path / "report.json"
-    report(validation=validation, predicted_error=value, latency_ratio=None).save(path)
+    report(validation=validation, predicted_error=value).save(path)
 
     def refuse(constant: str) -> None:
         pytest.fail(f"{constant} is not JSON")
@@ -136,7 +136,7 @@ def test_figures_that_json_lacks_are_strings_and_missing_ones_null(tmp_path: Pat
     assert document["validation"]["error"] == document["predicted_error"] == expected
     assert document["validation"]["outputs"][0]["relative_l2"] == expected
     assert str(float(expected)) == str(value)
-    assert document["latency_ratio"] is None
+    assert document["before"]["fused"] is None
 
 
 def test_a_report_is_saved_whole_and_replaced_only_by_force(tmp_path: Path) -> None:
@@ -243,14 +243,12 @@ def test_operators_that_are_fused_no_more_are_named() -> None:
 
 
 def test_what_was_not_measured_is_said() -> None:
-    unknown = ModelFigures(100, None, 1000)
+    unknown = ModelFigures(100, None, 1000, 1.5, None, None)
     text = shown(
         render_report(
             report(
                 before=unknown,
                 after=unknown,
-                validation=None,
-                latency_ratio=None,
                 output=None,
                 predicted_error=None,
                 warnings=(),
@@ -259,8 +257,7 @@ def test_what_was_not_measured_is_said() -> None:
         )
     )
     assert row(text, "MACs") == ["unknown"] * 3
-    assert row(text, "latency") == ["not", "measured", "not", "measured", "unknown"]
-    for absent in ("top1", "relative error", "Parity", "written to", "warning"):
+    for absent in ("top1", "predicted", "written to", "warning"):
         assert absent not in text
 
 

@@ -332,7 +332,6 @@ def test_padding_is_no_lesson() -> None:
     found = report.recovery
     assert found is not None
     assert found.history[0][2] == pytest.approx(found.error_before, rel=1e-4)
-    assert report.validation is not None
     assert report.validation.error == min(found.error_before, found.error_after)
 
 
@@ -371,6 +370,8 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(small: Path, tmp_path: 
     assert checkpoint.exists()
     with pytest.raises(ConfigError, match="is the checkpoint of another run"):
         tuned(small, MANY, epochs=2, seed=1, checkpoint=checkpoint)
+    with pytest.raises(ConfigError, match="is the checkpoint of another run"):
+        tuned(small, [{"x": rows(4000, seed=9)}], epochs=2, checkpoint=checkpoint)
     notes: list[tuple[int, str]] = []
     again, resumed = tuned(
         small, MANY, epochs=2, checkpoint=checkpoint, progress=lambda done, _, note: notes.append((done, note))

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any, TextIO
 
-from onnxlr.errors import DataError
+from onnxlr.errors import DataError, one_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -58,7 +58,7 @@ def load_script(path: Path) -> Callable[[], Iterator[tuple[str, Mapping[str, obj
         with _stdout_kept():
             load_data = runpy.run_path(str(path)).get("load_data")
     except (Exception, SystemExit) as error:
-        raise DataError(f"{path}: the script failed ({_said(error)}); it must run and define load_data()") from error
+        raise DataError(f"{path}: the script failed ({one_line(error)}); it must run and define load_data()") from error
     finally:
         sys.path.remove(str(path.parent))
     if not callable(load_data):
@@ -86,16 +86,12 @@ def _guarded(load_data: Callable[[], Any], path: Path) -> Iterator[object]:
                 return
             yield feed
     except (Exception, SystemExit) as error:
-        raise DataError(f"{path}: load_data() failed ({_said(error)}); correct the script") from error
+        raise DataError(f"{path}: load_data() failed ({one_line(error)}); correct the script") from error
 
 
 def _stdout_kept() -> redirect_stdout[TextIO]:
     """What a script prints goes to stderr: stdout belongs to results."""
     return redirect_stdout(sys.stderr)
-
-
-def _said(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _checked(feed: object, where: str) -> tuple[str, Mapping[str, object]]:

@@ -79,16 +79,16 @@ class ModelFigures:
     """Size and speed of a model: figures that do not stand for one another.
 
     `macs` are of one sample, `latency_ms` the median of one run of the benchmark's batch, `metric` the task metric on
-    held-out labelled data, `fused` the operators, by type, that onnxruntime puts in the place of several; None where
-    they could not be counted.
+    held-out labelled data (None without labels), `fused` the operators, by type, that onnxruntime puts in the place of
+    several; None where they could not be counted.
     """
 
     parameters: int
     macs: int | None
     file_bytes: int
-    latency_ms: float | None = None
-    metric: float | None = None
-    fused: dict[str, int] | None = None
+    latency_ms: float
+    metric: float | None
+    fused: dict[str, int] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ class Report:
     predicted_error
         The relative error of the outputs that the plan predicts, where importances were measured.
     validation
-        Parity on the held-out samples; None without data.
+        Parity on the held-out samples.
     latency_ratio
         Median over pairs of runs in turn, compressed over dense; below 1 is faster.
     recovery
@@ -154,8 +154,8 @@ class Report:
     before: ModelFigures
     after: ModelFigures
     predicted_error: float | None
-    validation: Validation | None
-    latency_ratio: float | None
+    validation: Validation
+    latency_ratio: float
     recovery: Recovery | None
     quantized: Quantized | None
     weights: tuple[WeightReport, ...]

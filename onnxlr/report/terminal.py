@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 def render_report(report: Report, *, verbose: bool) -> Iterable[RenderableType]:
     """What was gained and what it cost; with `verbose`, also what became of every weight and operator."""
     yield _figures(report)
-    if report.validation is not None:
-        yield _parity(report.validation.outputs, f"Parity on {report.held_out} held-out samples")
+    yield _parity(report.validation.outputs, f"Parity on {report.held_out} held-out samples")
     if verbose:
         yield _weights(report.weights)
         if report.refusals:
@@ -107,19 +106,18 @@ def _figures(report: Report) -> Table:
                   percent(report.latency_ratio, 1),
                   *([] if fewer is None else [milliseconds(fewer.latency_ms),
                                               percent(fewer.latency_ratio, 1)]))  # fmt: skip
-    if before.metric is not None and after.metric is not None and report.validation is not None:
+    if before.metric is not None and after.metric is not None:
         name = report.validation.metric_name or "metric"
         cells = [f"{before.metric:.4f}", f"{after.metric:.4f}", percent(after.metric, before.metric)]
         if fewer is not None:
             metric = fewer.validation.metric_b
             cells += [number(metric, ".4f"), percent(metric, before.metric)]
         table.add_row(name, *cells)
-    if report.validation is not None:
-        predicted = "" if report.predicted_error is None else f"predicted {report.predicted_error:.4f}"
-        quantized = [] if fewer is None else [f"{fewer.validation.error:.4f}"]
-        table.add_row("relative error", "", f"{report.validation.error:.4f}", predicted, *quantized)
-        if report.validation.noise is not None:
-            table.add_row("half-precision noise", "", f"{report.validation.noise:.4f}", "")
+    predicted = "" if report.predicted_error is None else f"predicted {report.predicted_error:.4f}"
+    quantized = [] if fewer is None else [f"{fewer.validation.error:.4f}"]
+    table.add_row("relative error", "", f"{report.validation.error:.4f}", predicted, *quantized)
+    if report.validation.noise is not None:
+        table.add_row("half-precision noise", "", f"{report.validation.noise:.4f}", "")
     return table
 
 
@@ -197,9 +195,9 @@ def megabytes(value: float) -> str:
     return f"{value / 1e6:.2f} MB" if value < 1e8 else f"{value / 1e6:.0f} MB"
 
 
-def milliseconds(value: float | None) -> str:
+def milliseconds(value: float) -> str:
     """A latency in milliseconds."""
-    return "not measured" if value is None else f"{value:.2f} ms"
+    return f"{value:.2f} ms"
 
 
 def percent(part: float | None, whole: float | None) -> str:

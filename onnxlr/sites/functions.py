@@ -5,12 +5,12 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING
 
-from onnxlr.protos import graphs, tensors
+from onnxlr.protos import tensors, with_bodies
 from onnxlr.sites.base import INDEX_TYPES, Refusal
 from onnxlr.sites.macs import COUNTED
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection
 
     import onnx
 
@@ -22,8 +22,13 @@ def in_functions(model: onnx.ModelProto, operators: Collection[str]) -> tuple[li
     """
     refusals, multiplying = [], []
     for function in model.functions:
-        stored = {node.output[0]: t for node in nodes_of(function) if node.op_type == "Constant" for t in tensors(node)}
-        for node in nodes_of(function):
+        stored = {
+            node.output[0]: t
+            for node in with_bodies(function.node)
+            if node.op_type == "Constant"
+            for t in tensors(node)
+        }
+        for node in with_bodies(function.node):
             name = node.name or (node.output[0] if node.output else "?")
             if node.op_type in COUNTED:
                 multiplying.append(name)
@@ -34,12 +39,3 @@ def in_functions(model: onnx.ModelProto, operators: Collection[str]) -> tuple[li
                 reason = f"it is inside the function {function.name!r}: inline it"
                 refusals.append(Refusal(name, node.op_type, reason, tuple(sorted(matrices)), parameters))
     return refusals, multiplying
-
-
-def nodes_of(function: onnx.FunctionProto) -> Iterator[onnx.NodeProto]:
-    """The nodes of a function and of the bodies in it."""
-    for node in function.node:
-        yield node
-        for attribute in node.attribute:
-            for body in (attribute.g, *attribute.graphs):
-                yield from (inner for graph in graphs(body) for inner in graph.node)

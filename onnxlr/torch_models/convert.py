@@ -17,10 +17,11 @@ from torch.export import Dim
 
 from onnxlr.errors import ConfigError, ModelError
 from onnxlr.model_io import load
+from onnxlr.protos import nodes, opset_of
 from onnxlr.torch_models.source import first_line, quietly
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     import onnx
@@ -82,7 +83,7 @@ def convert(source: TorchModel, folder: Path, *, opset: int | None, fixed_batch:
     except Exception as error:  # the exporter raises its own types and those of everything below it
         raise ModelError(f"torch cannot export {source.name} to ONNX: {first_line(error)}") from error
     model = load(folder / "model.onnx")
-    written = next(entry.version for entry in model.proto.opset_import if entry.domain in ("", "ai.onnx"))
+    written = opset_of(model.proto)
     if opset not in (None, written):
         raise ModelError(f"torch cannot write {source.name} in opset {opset}, only in {written}: leave --opset out")
     found = [value.name for value in model.proto.graph.output]
@@ -176,20 +177,7 @@ def _rename_axes(proto: onnx.ModelProto, names: Mapping[str, Mapping[int, str]])
 
 def _drop_stack_traces(proto: onnx.ModelProto) -> None:
     """They hold the paths of this machine."""
-    for node in _nodes(proto):
+    for node in nodes(proto):
         kept = [entry for entry in node.metadata_props if entry.key != _TRACES]
         del node.metadata_props[:]
         node.metadata_props.extend(kept)
-
-
-def _nodes(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
-    def inside(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-        for node in nodes:
-            yield node
-            for attribute in node.attribute:
-                for body in (attribute.g, *attribute.graphs):
-                    yield from inside(body.node)
-
-    yield from inside(proto.graph.node)
-    for function in proto.functions:
-        yield from inside(function.node)
