@@ -472,3 +472,7 @@ def test_test_data_from_other_files(attempt: Callable[..., Result], tmp_path: Pa
     (tmp_path / "test_data_set_0").mkdir()
     (tmp_path / "test_data_set_0" / "input_0.pb").write_bytes(tensor.SerializeToString())
     refused(attempt(calib=tmp_path / "test_data_set_0"), 1, "input_0.pb", "its values are in another file")
+
+
+def test_options_of_training_need_training(attempt: Callable[..., Result]) -> None:
+    misused(attempt("--keep-params", 0.5, "--epochs", 3), "options of training are given without --finetune")

@@ -227,6 +227,8 @@ def compress(
     if len(targets) > 1:
         given = " and ".join(f"--{kind.replace('_', '-')}" for kind in targets)
         raise click.UsageError(f"{given} are given, one target at a time: keep one")
+    if not finetune and tuning != type(tuning)():
+        raise click.UsageError("options of training are given without --finetune: add it, or leave them out")
     target = Target(*next(iter(targets.items()))) if targets else Target()
     config = Config(objective=objective, target=target, ranks=parse_ranks(ranks), forms=parse_forms(forms), **settings)
     if report is not None:
