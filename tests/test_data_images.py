@@ -89,7 +89,7 @@ def test_values(tmp_path: Path) -> None:
     unit = only(tmp_path, spec("N", 3, 20, 30))
     assert unit.dtype == np.float32
     np.testing.assert_allclose(unit, raw / 255, rtol=1e-6)
-    np.testing.assert_array_equal(only(tmp_path, spec("N", 3, 20, 30), ImageOptions.convention("none")), unit)
+    np.testing.assert_array_equal(only(tmp_path, spec("N", 3, 20, 30), ImageOptions.convention("unit")), unit)
     normal = ImageOptions(mean=(0.1, 0.2, 0.3), std=(0.5,))
     expected = (raw / 255 - np.reshape([0.1, 0.2, 0.3], (3, 1, 1))) / 0.5
     np.testing.assert_allclose(only(tmp_path, spec("N", 3, 20, 30), normal), expected, rtol=1e-5, atol=1e-6)
@@ -108,7 +108,7 @@ def test_conventions_resize_and_crop_as_their_collections_do(tmp_path: Path) -> 
     imagenet, inception = ImageOptions.convention("torchvision"), ImageOptions.convention("timm")
     assert only(tmp_path, spec("N", 3, 56, 56), imagenet).min() < -1
     assert np.abs(only(tmp_path, spec("N", 3, 56, 56), inception)).max() <= 1
-    with pytest.raises(ConfigError, match="image convention 'keras': expected one of model, none, unit, torch"):
+    with pytest.raises(ConfigError, match="image convention 'keras': expected one of model, unit, torch"):
         ImageOptions.convention("keras")
 
 
