@@ -197,5 +197,6 @@ def _probe(output: Any, mask: NDArray[Any] | None, generator: Any) -> Any:
         tokens = torch.from_numpy(real.copy()).to(output.device)
         probe = probe * tokens.to(output.dtype).reshape(*output.shape[:-1], 1)
         seen = seen.reshape(-1, output.shape[-1])[tokens]
-    scale = seen.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    # none of them may be real
+    scale = (seen.square().sum() / max(seen.numel(), 1)).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
     return (output * probe).sum() / scale

@@ -26,14 +26,13 @@ from onnxlr.cli.options import (
     watched,
 )
 from onnxlr.cli.output import describe_verdict, progress_bars, show, show_json, show_stats
-from onnxlr.config import ALLOCATIONS, FORMS, OBJECTIVES, TARGETS, THENS, Config, Target
+from onnxlr.config import ALLOCATIONS, FORMS, OBJECTIVES, TARGETS, THENS, Config, Target, Tuning
 from onnxlr.report import terminal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from onnxlr.config import Tuning
     from onnxlr.data import ImageOptions
     from onnxlr.polygraphy_files import Verdict
 
@@ -227,7 +226,7 @@ def compress(
     if len(targets) > 1:
         given = " and ".join(f"--{kind.replace('_', '-')}" for kind in targets)
         raise click.UsageError(f"{given} are given, one target at a time: keep one")
-    if not finetune and tuning != type(tuning)():
+    if not finetune and tuning != Tuning():
         raise click.UsageError("options of training are given without --finetune: add it, or leave them out")
     target = Target(*next(iter(targets.items()))) if targets else Target()
     config = Config(objective=objective, target=target, ranks=parse_ranks(ranks), forms=parse_forms(forms), **settings)
