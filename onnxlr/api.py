@@ -39,7 +39,7 @@ from onnxlr.validate import validate as compare_models
 from onnxlr.work import working
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from numpy.typing import NDArray
 
@@ -232,8 +232,13 @@ def validate(
     *,
     labels: str | Path | NDArray[Any] | None = None,
     images: ImageOptions | None = None,
+    batch: int = 8,
+    mask: str | None = None,
+    metric: str = "top1",
     provider: str = "cpu",
-    **options: Any,
+    threads: int = 0,
+    max_error: float | None = None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> Validation:
     """Compare model `b` with model `a` on all of `data`.
 
@@ -245,8 +250,14 @@ def validate(
         Whatever `onnxlr.data.open_data` takes.
     labels
         One a sample of `data`, a file or an array, for the task metric.
-    options
-        `batch`, `mask`, `metric`, `threads`, `max_error` and `progress`, as `onnxlr.validate.validate` takes them.
+    images
+        How images become inputs, where `data` is a folder of images.
+    batch, mask, metric, provider, threads
+        As of `Config`.
+    max_error
+        The gate: the relative error of `b`'s outputs that is allowed.
+    progress
+        Called with the number of samples after each batch.
 
     Raises
     ------
@@ -257,4 +268,7 @@ def validate(
     inputs = Session(first, provider=provider, optimize=False).inputs
     samples = open_data(data, inputs, images=images_for(first, images))
     truth = labels if labels is None or isinstance(labels, np.ndarray) else load_labels(labels)
-    return compare_models(first, second, samples, labels=truth, provider=provider, **options)
+    return compare_models(
+        first, second, samples, batch=batch, mask=mask, labels=truth, metric=metric, provider=provider,
+        threads=threads, max_error=max_error, progress=progress,
+    )  # fmt: skip

@@ -63,8 +63,8 @@ class Demo:
     rows: tuple[DemoRow, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types."""
-        return asdict(self)
+        """As plain JSON types, under a "format"."""
+        return {"format": "onnxlr-demo/1", **asdict(self)}
 
     def render(self, *, verbose: bool) -> Iterable[RenderableType]:
         """The table of all shares."""
