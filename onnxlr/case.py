@@ -163,8 +163,8 @@ def passes_check(model: Model) -> bool:
     return True
 
 
-def require_loss_of_use(config: Config, labels: object) -> None:
-    """Refuse a loss without labels, or where no gradients are asked for.
+def require_loss_of_use(config: Config, labels: object, *, tuned: bool = False) -> None:
+    """Refuse a loss without labels, or where no gradients are asked for and nothing is `tuned` with it.
 
     Raises
     ------
@@ -175,7 +175,7 @@ def require_loss_of_use(config: Config, labels: object) -> None:
         return
     if labels is None:
         raise ConfigError(f"--loss {config.loss} needs --labels: one label for every sample of --calib")
-    if config.objective not in ("auto", "fisher"):
+    if config.objective not in ("auto", "fisher") and not tuned:
         raise ConfigError(f"the objective {config.objective} uses no gradients: leave --loss {config.loss} out")
 
 

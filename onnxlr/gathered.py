@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from onnxlr.calibrate import INSTEAD, accumulate
@@ -125,9 +126,10 @@ def require_same_loss(stats: Stats, config: Config) -> None:
 
 
 def as_gathered(case: Case, stats: Stats, config: Config) -> Case:
-    """The case as `stats` see it: moments that were gathered for all forms serve for fewer as well."""
-    for forms in (config.forms, frozenset(FORMS)):
-        inventory = case.inventory.observing(forms)
+    """The case as `stats` see it: moments that were gathered for more forms serve for fewer as well."""
+    others = [form for form in FORMS if form not in config.forms]
+    for more in (more for count in range(len(others) + 1) for more in combinations(others, count)):
+        inventory = case.inventory.observing(config.forms | set(more))
         own = {weight.name: weight for weight in inventory.weights}
         weights = [own[weight.name] for weight in case.weights]
         if all(probe_key(probe) in stats.moments for probe in probes(weights, config.objective)):

@@ -31,7 +31,7 @@ from onnxlr.model_io import load, require_room, save
 from onnxlr.parts import parts_of
 from onnxlr.quantize import require_quantizable
 from onnxlr.report import Quantized
-from onnxlr.search import bench_feed, finish, meet_target
+from onnxlr.search import bench_feed, finish, meet_target, meets
 from onnxlr.summary import summarize
 from onnxlr.task_metrics import load_metric
 from onnxlr.threads import one_blas
@@ -102,9 +102,8 @@ def compress(
         raise ConfigError("--min-metric-kept needs --labels: one label for every sample of --calib")
     if config.metric != "top1" and labels is None:
         raise ConfigError(f"--metric {config.metric} needs --labels: one label for every sample of --calib")
-    if tuning is None:
-        require_loss_of_use(config, labels)
-    else:
+    require_loss_of_use(config, labels, tuned=tuning is not None)
+    if tuning is not None:
         require_tuning(tuning, labels)
         require_one_process()
     load_metric(config.metric)
@@ -157,7 +156,7 @@ def _of_use(config: Config) -> frozenset[Form]:
         forms, why = forms - {"block"}, f"--then {config.then}"
     if config.target.kind == "energy":
         forms, why = forms & {"pair"}, "--energy"
-    if not forms:
+    if forms <= {"shared"}:  # pairs or blocks are what has a factor to share
         raise ConfigError(f"of --forms {','.join(sorted(config.forms))} none is of use with {why}: add pair")
     return forms
 
@@ -193,7 +192,12 @@ def _compress(
     if tuning is not None and plan.stored:
         with clock.stage("finetune"):
             tuned, recovery = tune(result.compressed, case, config, tuning, truth, progress)
-        result = finish(case, tuned, config, truth, clock, progress)
+        if recovery.kept:
+            trained = finish(case, tuned, config, truth, clock, progress)
+            if meets(trained.judged, config.target):
+                result = trained
+            else:
+                recovery = replace(recovery, kept=False, ended=f"{recovery.ended}; tuned, it misses --{config.target}")
     with clock.stage("benchmark"):
         models = [case.model, result.compressed, *([result.quantized] if result.quantized else [])]
         latencies = compare_latency(models, bench_feed(case, config), provider=config.provider, threads=config.threads)

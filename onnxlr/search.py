@@ -109,10 +109,10 @@ def meet_target(
             compressed = rewrite(case.inventory, plan.stored, work.scratch if case.model.external_files else None)
         result = finish(case, compressed, config, labels, clock, progress)
         validation = result.judged
-        if target.kind == "max_error" and validation.error > target.value:
+        if target.kind == "max_error" and not meets(validation, target):
             reached = f"a relative error of {validation.error:.4g}"
             limit *= _stricter(config, result)
-        elif target.kind == "min_metric_kept" and not _metric_kept(validation, target.value):
+        elif target.kind == "min_metric_kept" and not meets(validation, target):
             reached = f"{validation.metric_b:.4g} of {validation.metric_a:.4g}"
             limit += (1 - limit) / 2
         elif target.kind == "max_latency" and (ratio := _latency(case, compressed, config)) > target.value:
@@ -200,10 +200,15 @@ def _validate(
     )
 
 
-def _metric_kept(validation: Validation, share: float) -> bool:
-    assert validation.metric_a is not None
-    assert validation.metric_b is not None
-    return validation.metric_b >= share * validation.metric_a
+def meets(validation: Validation, target: Target) -> bool:
+    """Whether what was found on the held-out samples is within a target that bounds it."""
+    if target.kind == "max_error":
+        return validation.error <= target.value
+    if target.kind == "min_metric_kept":
+        assert validation.metric_a is not None
+        assert validation.metric_b is not None
+        return validation.metric_b >= target.value * validation.metric_a
+    return True
 
 
 def _chooser(

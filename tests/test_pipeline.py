@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -494,3 +495,14 @@ def test_moments_for_all_forms_serve_for_fewer_and_not_the_other_way_round() -> 
     assert alone.validation.error == pytest.approx(reused.validation.error, rel=1e-3)
     with pytest.raises(StatsError, match="gather them with `onnxlr calibrate --objective output`, and with the same"):
         onnxlr.compress(model, FEEDS, every, stats=narrow)
+
+
+@pytest.mark.parametrize("forms", [{"pair", "shared"}, {"pair", "width"}, {"pair", "block", "width"}])
+def test_moments_for_more_forms_serve_for_fewer(forms: set[Any]) -> None:
+    config = Config(objective="output", threads=1, rank_multiple=4)
+    stats = onnxlr.calibrate(mlp(), [{"x": rows(64)}], replace(config, forms=frozenset(forms)))
+    for own in (
+        replace(config, forms=frozenset({"pair"}), target=Target("keep_params", 0.8)),
+        replace(config, forms=frozenset(forms), target=Target("energy", 0.95)),
+    ):
+        assert onnxlr.compress(mlp(), [{"x": rows(64)}], own, stats=stats).validation.error < 1

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 import pytest
-from conftest import attention, invoke, mlp, rows, sequences, shell
+from conftest import attention, invoke, mlp, parse, rows, sequences, shell
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import constant, parsed, random
@@ -498,3 +498,55 @@ def test_two_processes_do_what_one_does(files: list[Any], tmp_path: Path) -> Non
     for name, array in arrays(onnxlr.load(files[5])).items():
         if array.dtype == np.float32:
             assert np.linalg.norm(array - alone_weights[name]) <= 1e-3 * np.linalg.norm(array)
+
+
+def test_a_bound_that_tuning_would_miss_keeps_what_met_it() -> None:
+    generator = np.random.default_rng(0)
+    weights = {"w": generator.normal(size=(32, 48)) / 6, "v": generator.normal(size=(48, 4))}
+    model = parse(
+        "g (float[N, 32] x) => (float[N, 4] y) { a = MatMul(x, w) b = Relu(a) y = MatMul(b, v) }",
+        {name: array.astype(np.float32) for name, array in weights.items()},
+    )
+    x = generator.normal(size=(400, 32)).astype(np.float32)
+    labels = (x @ generator.normal(size=(32, 4))).argmax(1)  # not what the dense model says
+    config = Config(target=Target("max_error", 0.1), rank_multiple=1, threads=1)
+    report = onnxlr.compress(model, {"x": x}, config, labels=labels, tuning=Tuning(epochs=20))
+    assert report.validation.error <= 0.1
+    assert report.recovery is not None
+    assert not report.recovery.kept
+    assert "misses --max-error 0.1" in report.recovery.ended
+
+
+def test_a_batch_of_padding_alone_teaches_nothing_and_breaks_nothing() -> None:
+    weights = {"w1": random(1, 64, 128) / 8, "w2": random(2, 128, 48) / 8, "axis": np.array([2])}
+    model = parse(
+        """g (float[N, S, 64] x, int64[N, S] mask) => (float[N, S, 48] y) {
+            a = MatMul(x, w1) b = Relu(a) q = MatMul(b, w2) f = Cast<to = 1>(mask) u = Unsqueeze(f, axis) y = Mul(q, u)
+        }""",
+        weights,
+    )
+    mask = np.ones((64, 6), np.int64)
+    mask[8:24] = 0
+    config = Config(objective="output", mask="mask", threads=1, target=Target("keep_params", 0.5))
+    report = onnxlr.compress(model, {"x": random(3, 64, 6, 64), "mask": mask}, config, tuning=Tuning(epochs=3, batch=8))
+    assert report.recovery is not None
+    assert report.recovery.ended == "all 21 steps"
+    assert all(np.isfinite(error) for _, _, error in report.recovery.history)
+
+
+def test_a_loss_without_labels_is_refused_where_one_tunes_too() -> None:
+    with pytest.raises(ConfigError, match="--loss cross-entropy needs --labels"):
+        onnxlr.compress(mlp(), FEW, Config(loss="cross-entropy", threads=1), tuning=Tuning(epochs=1))
+
+
+def test_a_run_that_has_ended_has_ended_when_resumed(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"epochs": 30, "batch": 16, "learning_rate": 1e30, "checkpoint": tmp_path / "state"}
+    with monkeypatch.context() as patched:
+        patched.setattr("onnxlr.tuning.recovery._rebuilt", lambda *_: (_ for _ in ()).throw(StoppedError))
+        with pytest.raises(StoppedError):
+            tuned(small, FEW, **settings)
+    _, resumed = tuned(small, FEW, **settings)
+    assert "it diverges, lower the learning rate" in resumed.ended
+    assert resumed.steps < resumed.steps_planned

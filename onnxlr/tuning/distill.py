@@ -144,5 +144,5 @@ def _mean_square(values: Tensor, mask: NDArray[Any] | None) -> Tensor:
     squares = values.square()
     if real is None:
         return squares.mean()
-    rows = torch.from_numpy(real.copy()).to(values.device)
-    return squares.reshape(-1, values.shape[-1])[rows].mean()
+    rows = squares.reshape(-1, values.shape[-1])[torch.from_numpy(real.copy()).to(values.device)]
+    return rows.sum() / max(rows.numel(), 1)  # of a batch that is all padding, nothing

@@ -126,7 +126,14 @@ class Trainer:
         idle = [parameter for name, parameter in parameters.items() if name in captured]
         module = self.processes.wrap(self.student)
         if resumed is not None:
-            run = Run(resumed["step"], resumed["best"], resumed["value"], resumed["cuts"], resumed["history"])
+            run = Run(
+                resumed["step"],
+                resumed["best"],
+                resumed["value"],
+                resumed["cuts"],
+                resumed["history"],
+                resumed["ended"],
+            )
             _copy(weights.masters, resumed["masters"])
             _copy(weights.average, resumed["average"])
             weights.load(weights.masters)
@@ -159,13 +166,13 @@ class Trainer:
                     run.cuts += 1
                     weights.restart(run.best)
                     optimizer = _optimizer(weights)
-                if run.cuts == CUTS:
+                if run.cuts >= CUTS:
                     run.ended = f"stopped at step {run.step} of {self.steps}: it diverges, lower the learning rate"
                 elif run.stale >= PATIENCE:
                     run.ended = f"stopped at step {run.step} of {self.steps}: held-out data gained nothing any more"
                 checkpoint(
                     {
-                        "step": run.step, "best": run.best, "value": run.value, "cuts": run.cuts,
+                        "step": run.step, "best": run.best, "value": run.value, "cuts": run.cuts, "ended": run.ended,
                         "history": run.history,
                         "masters": {name: master.detach() for name, master in weights.masters.items()},
                         "average": weights.average, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
