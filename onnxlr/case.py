@@ -149,6 +149,9 @@ def _taking_part(inventory: Inventory, config: Config) -> tuple[list[Weight], di
             taking_part.append(weight)
     if unused:
         raise ConfigError(f"the pattern {min(unused)!r} matches no weight or site: `onnxlr inspect` lists their names")
+    for pattern in config.ranks:
+        if not any(weight.matches(pattern) for weight in taking_part):
+            raise ConfigError(f"--rank {pattern!r} is only for weights that are kept out: {min(held_back.values())}")
     return taking_part, held_back
 
 

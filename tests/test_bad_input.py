@@ -475,5 +475,11 @@ def test_test_data_from_other_files(attempt: Callable[..., Result], tmp_path: Pa
     refused(attempt(calib=tmp_path / "test_data_set_0"), 1, "input_0.pb", "its values are in another file")
 
 
+def test_a_rank_for_what_is_kept_out(attempt: Callable[..., Result]) -> None:
+    refused(
+        attempt("--rank", "w1=3", "--exclude", "w1"), 2, "--rank 'w1' is only for weights that are kept out: excluded"
+    )
+
+
 def test_options_of_training_need_training(attempt: Callable[..., Result]) -> None:
     misused(attempt("--keep-params", 0.5, "--epochs", 3), "options of training are given without --finetune")
