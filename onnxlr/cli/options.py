@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import wraps
+from functools import reduce, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,8 @@ from onnxlr.data import ImageOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+
+    Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 FILE = click.Path(path_type=Path)
 SHARE = click.FloatRange(0, 1, min_open=True)
@@ -41,52 +43,34 @@ class Bytes(click.ParamType):  # type: ignore[type-arg]
         return size
 
 
-def common(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of every command."""
+def _all(*decorators: Decorator) -> Decorator:
+    """Several decorators as one, in the order in which they would stand above a command."""
 
-    @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-    @wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return command(*args, **kwargs)
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        return reduce(lambda decorated, decorator: decorator(decorated), reversed(decorators), command)
 
-    return wrapped
+    return decorate
 
 
-def watched(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of commands that take long."""
-
-    @common
-    @click.option("-q", "--quiet", is_flag=True, help="No progress bars.")
-    @wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return command(*args, **kwargs)
-
-    return wrapped
-
-
-def reported(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of commands that report what became of every weight."""
-
-    @watched
-    @click.option("-v", "--verbose", is_flag=True, help="Every weight and operator, with reasons.")
-    @wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return command(*args, **kwargs)
-
-    return wrapped
-
-
-def placed(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Where and how onnxruntime runs."""
-
-    @click.option("--provider", default="cpu",
-                  help="Execution provider: cpu, cuda, tensorrt, ... or onnxruntime's own name.")  # fmt: skip
-    @click.option("--threads", default=0, type=click.IntRange(min=0), help="Threads of an operator; 0 is one a core.")
-    @wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return command(*args, **kwargs)
-
-    return wrapped
+common = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+"""The options of every command."""
+watched = _all(
+    common,
+    click.option("-q", "--quiet", is_flag=True, help="No progress bars."),
+)
+"""The options of commands that take long."""
+reported = _all(
+    watched,
+    click.option("-v", "--verbose", is_flag=True, help="Every weight and operator, with reasons."),
+)
+"""The options of commands that report what became of every weight."""
+placed = _all(
+    click.option(
+        "--provider", default="cpu", help="Execution provider: cpu, cuda, tensorrt, ... or onnxruntime's own name."
+    ),
+    click.option("--threads", default=0, type=click.IntRange(min=0), help="Threads of an operator; 0 is one a core."),
+)
+"""Where and how onnxruntime runs."""
 
 
 def pictured(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -108,47 +92,37 @@ def pictured(command: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def running(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of commands that run a model on all of their data."""
-
-    @placed
-    @click.option("--batch", default=8, type=POSITIVE, help="Samples in a batch, where the model leaves it free.")
-    @click.option("--mask", metavar="INPUT", help="Input that is nonzero where a token is real, for padded batches.")
-    @pictured
-    @wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return command(*args, **kwargs)
-
-    return wrapped
-
-
-def selecting(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of commands that choose weights and gather moments of them."""
-
-    @click.option("--include", multiple=True, metavar="PATTERN", help="Only weights or sites that match; repeatable.")
-    @click.option("--exclude", multiple=True, metavar="PATTERN", help="No weights or sites that match; repeatable.")
-    @click.option("--holdout-every", default=8, type=click.IntRange(min=2),
-                  help="One sample of so many is held out for validation, never calibrated on.")  # fmt: skip
-    @click.option("--rows", default="all", type=click.Choice(ROWS),
-                  help="Moments of every row of the data, or until more rows would change little.")  # fmt: skip
-    @click.option("--memory", type=Bytes(),
-                  help="Most that moments may take, such as 4G; the data are read again for more.")  # fmt: skip
-    @wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return command(*args, **kwargs)
-
-    return wrapped
-
-
-def resumed(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Where a run keeps what it has finished."""
-
-    @click.option("--work", type=FILE, help="Keep what is finished in this folder; the same command resumes there.")
-    @wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return command(*args, **kwargs)
-
-    return wrapped
+running = _all(
+    placed,
+    click.option("--batch", default=8, type=POSITIVE, help="Samples in a batch, where the model leaves it free."),
+    click.option("--mask", metavar="INPUT", help="Input that is nonzero where a token is real, for padded batches."),
+    pictured,
+)
+"""The options of commands that run a model on all of their data."""
+selecting = _all(
+    click.option("--include", multiple=True, metavar="PATTERN", help="Only weights or sites that match; repeatable."),
+    click.option("--exclude", multiple=True, metavar="PATTERN", help="No weights or sites that match; repeatable."),
+    click.option(
+        "--holdout-every",
+        default=8,
+        type=click.IntRange(min=2),
+        help="One sample of so many is held out for validation, never calibrated on.",
+    ),
+    click.option(
+        "--rows",
+        default="all",
+        type=click.Choice(ROWS),
+        help="Moments of every row of the data, or until more rows would change little.",
+    ),
+    click.option(
+        "--memory", type=Bytes(), help="Most that moments may take, such as 4G; the data are read again for more."
+    ),
+)
+"""The options of commands that choose weights and gather moments of them."""
+resumed = click.option(
+    "--work", type=FILE, help="Keep what is finished in this folder; the same command resumes there."
+)
+"""Where a run keeps what it has finished."""
 
 
 def training(command: Callable[..., Any]) -> Callable[..., Any]:
