@@ -18,7 +18,7 @@ from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 # before torch itself: where that is missing, this import says what to install
-from onnxlr.torch_graph import check_parity, to_tensor, to_torch
+from onnxlr.torch_graph import check_parity, float32_products, to_tensor, to_torch
 
 # isort: split
 import numpy as np
@@ -70,8 +70,7 @@ def gradient_moments(
     `config.memory` takes; `recall` is as of `onnxlr.calibrate.accumulate`.
 
     Whole-model parity of the gradient graph with onnxruntime is checked on the first batch. A site that no gradient
-    reaches is left out. The GPU is used when torch has one, in bfloat16 where it has that: gradients of random probes
-    are noisier by far.
+    reaches is left out. The GPU is used when torch has one.
 
     Raises
     ------
@@ -111,6 +110,7 @@ def _width(site: Site) -> int:
     return site.d_in if site.transposed else site.d_out
 
 
+@float32_products()
 def _one_pass(
     model: Model,
     sites: Mapping[str, Site],
@@ -122,7 +122,6 @@ def _one_pass(
     progress: Callable[[int], None],
 ) -> dict[str, Moments]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
     half = bool(half_types(model))
     model = widened(model) if half else model
     graph = to_torch(model).to(device)
@@ -130,22 +129,20 @@ def _one_pass(
     nested = [name for name, site in sites.items() if site.bodies]
     flat = [name for name in sites if name not in nested]
     probed = scores_of(model, graph.outputs)
-    generator = torch.Generator().manual_seed(0)
-    sums: dict[str, Moments] = {}
+    generator = torch.Generator(device).manual_seed(0)
+    sums: dict[str, _Sums] = {}
     loss = None if config.loss is None else TaskLoss(config.loss)
     checked = False
     for numbers, given_feed in numbered_batches(enumerate(samples), config.batch, inputs):
         feed = widened_feed(given_feed) if half else given_feed
         if not checked:
             checked = True
-            with torch.autocast(device.type, enabled=False):
-                check_parity(graph, model, [feed])
+            check_parity(graph, model, [feed])
         mask = mask_of(feed, config.mask)
         given = {name: to_tensor(array, device) for name, array in feed.items()}
-        with torch.autocast("cuda", torch.bfloat16, enabled=fast):
-            # a tensor of a body may have many values in one run, or none
-            values: dict[str, list[Any]] = {name: [] for name in nested}
-            tensors = graph(given, outputs=[*probed.values(), *flat], track=flat, inner=values)
+        # a tensor of a body may have many values in one run, or none
+        values: dict[str, list[Any]] = {name: [] for name in nested}
+        tensors = graph(given, outputs=[*probed.values(), *flat], track=flat, inner=values)
         values |= {name: [tensors[name]] for name in flat}
         floating = [tensors[name] for name in dict.fromkeys(probed.values()) if tensors[name].is_floating_point()]
         if not floating:
@@ -163,34 +160,56 @@ def _one_pass(
         for (name, _), gradient in zip(reached, gradients, strict=True):
             if gradient is None:
                 continue
-            for key, rows in zip(gradient_keys(sites[name]), sites[name].output_rows, strict=True):
-                moments = _moments(gradient, rows, mask, tables.get(name))
-                if not np.isfinite(moments.gram).all():
-                    raise ModelError(f"the gradient at {name!r} is not finite{INSTEAD}")
-                sums[key] = sums[key] + moments if key in sums else moments
+            for key, place in zip(gradient_keys(sites[name]), sites[name].output_rows, strict=True):
+                rows = _rows(gradient, place, mask, tables.get(name))
+                sums.setdefault(key, _Sums(name, rows)).add(rows)
+        _require_finite(sums.values())
         progress(sample_count(feed, inputs))
-    return sums
+    return {key: sums.pop(key).fetched() for key in list(sums)}
 
 
-def _moments(gradient: Any, place: Rows, mask: NDArray[Any] | None, table: Any | None) -> Moments:
-    """The moments of one batch, on the device where it is; probes are noisier by far than float32.
+class _Sums:
+    """The moments of gradients at the site `name`, which stay on the device until all are added up."""
 
-    With a `table` [V, d], those of its products with the gradients [V].
-    """
+    def __init__(self, name: str, rows: Any) -> None:
+        width = rows.shape[1]
+        self.name, self._count = name, 0
+        self._total, self.gram = (torch.zeros(s, dtype=torch.float64, device=rows.device) for s in (width, [width] * 2))
+
+    def add(self, rows: Any) -> None:
+        """One batch, squared in float32: probes are noisier by far."""
+        self._count += len(rows)
+        self._total += rows.sum(0)
+        self.gram += rows.T @ rows
+
+    def fetched(self) -> Moments:
+        return Moments(self._count, self._total.cpu().numpy(), self.gram.cpu().numpy())
+
+
+def _require_finite(every: Iterable[_Sums]) -> None:
+    own = list(every)
+    if not own:
+        return
+    # what is not finite in a row is not on the diagonal either
+    finite = torch.stack([sums.gram.trace() for sums in own]).isfinite().tolist()
+    if not all(finite):
+        raise ModelError(f"the gradient at {own[finite.index(False)].name!r} is not finite{INSTEAD}")
+
+
+def _rows(gradient: Any, place: Rows, mask: NDArray[Any] | None, table: Any | None) -> Any:
+    """The gradients of a batch as rows [n, d]; with a `table` [V, d], their products [V] with it."""
     gradient = gradient[place.chunk(tuple(gradient.shape))].float()
     gradient = gradient.permute(place.order(gradient.ndim))
     rows = gradient.reshape(place.shape(tuple(gradient.shape)))
     real = None if mask is None else token_rows(mask, (*gradient.shape[: -len(place.axes)], rows.shape[1]))
     if real is not None:
         rows = rows[torch.from_numpy(real.copy()).to(rows.device)]
-    rows = rows if table is None else rows @ table
-    total, gram = (array.double().cpu().numpy() for array in (rows.sum(0), rows.T @ rows))
-    return Moments(len(rows), total, gram)
+    return rows if table is None else rows @ table
 
 
 def _probe(output: Any, mask: NDArray[Any] | None, generator: Any) -> Any:
     """`<u, o> / rms(o)` for a random probe `u`, over the rows of real tokens."""
-    probe = torch.randn(output.shape, generator=generator).to(output)
+    probe = torch.randn(output.shape, generator=generator, device=output.device).to(output.dtype)
     real = None if mask is None else token_rows(mask, tuple(output.shape))
     seen = output.detach().float()
     if real is not None:

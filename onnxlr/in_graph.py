@@ -8,8 +8,9 @@ it, of the standard operators:
     sum z, n                  come out of every run: [d + 1] numbers, which tell at once where something is not finite
     gram += z^T z             [d, d] in float64, which stays there, is overwritten in place, and is fetched once
 
-Products and sums are in float32 (in float64 where the rows are), of at most `PIECE` rows: more are cut into pieces of
-one length, with rows of 0 behind the last, whose products are added up in float64.
+Products and sums are in float32 (in float64 where the rows are). Where the first batch has more than `PIECE` rows they
+are cut into pieces of at most so many, of one length, with rows of 0 behind the last, whose products are added up in
+float64: some twenty nodes more, which a GPU takes longer to start than to compute.
 
 The first batch comes out as activations, as without a GPU. It tells the shift, and the number of axes and the dtype of
 every tensor, which a graph need not say. What goes on coming out after it are the patches of convolutions, tensors in
@@ -180,8 +181,7 @@ def with_moments(
         value = helper.make_tensor_value_info(before, TensorProto.DOUBLE, [running.dim] * 2)
         graph.input.append(value)
         given.append(helper.make_tensor_value_info(after, TensorProto.DOUBLE, [running.dim] * 2))
-        assert running.shift is not None
-        part, product = _moments(nodes, probe, axes[probe[0]], running.shift, mask)
+        part, product = _moments(nodes, probe, axes[probe[0]], running, mask)
         parts.append(part)
         nodes.add("Add", before, product, name=after)
     nodes.add("Concat", nodes.constant(np.zeros(0)), *parts, name=SUMS, axis=0)
@@ -228,9 +228,10 @@ class _Nodes:
         return self.add(op, a, b if isinstance(b, str) else self.constant([b]))
 
 
-def _moments(nodes: _Nodes, probe: Probe, ndim: int, shift: NDArray[Any], mask: str | None) -> tuple[str, str]:
+def _moments(nodes: _Nodes, probe: Probe, ndim: int, running: RunningMoments, mask: str | None) -> tuple[str, str]:
     """`[sum z, n]` and `z^T z` of one run, in float64."""
-    tensor, rows = probe
+    (tensor, rows), shift = probe, running.shift
+    assert shift is not None
     ordered = _ordered(nodes, tensor, rows, ndim)
     dim, leading = len(shift), ndim - len(rows.axes)
     x = nodes.add("Reshape", ordered, nodes.constant([-1, dim]))
@@ -241,9 +242,15 @@ def _moments(nodes: _Nodes, probe: Probe, ndim: int, shift: NDArray[Any], mask: 
         real = _real(nodes, mask, nodes.lengths(ordered, *range(leading)), leading)
         z = nodes.add("Where", real, z, nodes.constant(np.zeros(1, shift.dtype)))
         count = nodes.sum(nodes.cast(real, TensorProto.DOUBLE), 0)
-    pieces = _pieces(nodes, z, dim, shift.dtype)
-    products = nodes.add("MatMul", nodes.add("Transpose", pieces, perm=[0, 2, 1]), pieces)
-    total, gram = (nodes.sum(nodes.cast(each, TensorProto.DOUBLE), 0) for each in (nodes.sum(pieces, 1), products))
+    if running.count > PIECE:
+        pieces = _pieces(nodes, z, dim, shift.dtype)
+        product = nodes.add("MatMul", nodes.add("Transpose", pieces, perm=[0, 2, 1]), pieces)
+        total, gram = (nodes.sum(nodes.cast(each, TensorProto.DOUBLE), 0) for each in (nodes.sum(pieces, 1), product))
+    else:
+        # a sum over no rows is not 0 on every provider
+        z = nodes.add("Concat", z, nodes.constant(np.zeros((1, dim), shift.dtype)), axis=0)
+        product = nodes.add("MatMul", nodes.add("Transpose", z, perm=[1, 0]), z)
+        total, gram = (nodes.cast(each, TensorProto.DOUBLE) for each in (nodes.sum(z, 0), product))
     return nodes.add("Concat", total, count, axis=0), gram
 
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from onnxlr.model_io import Model
 
+NO_CLASS = -100
+"""The label of what has none, as torch has it."""
 SATURATING = frozenset({"Softmax", "LogSoftmax", "Sigmoid"})
 
 
@@ -32,7 +34,14 @@ def scores_of(model: Model, outputs: Sequence[str]) -> dict[str, str]:
 def cross_entropy(outputs: Mapping[str, Any], labels: Any) -> Any:
     """The sum over samples of the cross-entropy of the first output's scores [..., classes] and class indices [...]."""
     scores = next(iter(outputs.values()))
-    return torch.nn.functional.cross_entropy(scores.reshape(-1, scores.shape[-1]), labels.reshape(-1), reduction="sum")
+    scores, labels = scores.reshape(-1, scores.shape[-1]), labels.reshape(-1)
+    if labels.is_floating_point():
+        raise TypeError(f"labels are {labels.dtype}, where cross-entropy takes the numbers of classes")
+    # on a GPU one out of range would end all work on it, and no message would say why
+    wrong = labels[((labels < 0) | (labels >= scores.shape[1])) & (labels != NO_CLASS)]
+    if len(wrong):
+        raise IndexError(f"label {wrong[0].item()} where there are {scores.shape[1]} classes")
+    return torch.nn.functional.cross_entropy(scores, labels, reduction="sum", ignore_index=NO_CLASS)
 
 
 class TaskLoss:
@@ -58,6 +67,8 @@ class TaskLoss:
         """
         try:
             total = self._function(scores, labels)
+            if getattr(total, "is_cuda", False):
+                torch.cuda.synchronize()  # only then does a GPU say what failed
         except Exception as error:  # whatever the user's function raises
             raise DataError(f"loss {self.name!r} fails on a batch: {one_line(error)}") from error
         if not isinstance(total, torch.Tensor) or total.numel() != 1:

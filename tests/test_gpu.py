@@ -59,6 +59,16 @@ def without_tensorrt() -> str:
     return ""
 
 
+def without_torch_gpu() -> str:
+    """Why torch cannot run on a GPU here; "" where it can."""
+    try:
+        import torch
+    except ImportError as error:
+        return str(error)
+    return "" if torch.cuda.is_available() else "torch sees no GPU"
+
+
+NO_TORCH_GPU = without_torch_gpu()
 NO_CUDA, NO_TENSORRT_PROVIDER, NO_TENSORRT = missing("cuda"), missing("tensorrt"), without_tensorrt()
 cuda = pytest.mark.skipif(bool(NO_CUDA), reason=NO_CUDA or "-")
 tensorrt_provider = pytest.mark.skipif(bool(NO_TENSORRT_PROVIDER), reason=NO_TENSORRT_PROVIDER or "-")
@@ -142,6 +152,31 @@ def test_moments_of_other_types_are_those_of_the_cpu(kind: str, tolerance: float
     config = replace(CONFIG, objective="utilized")
     on_cpu, on_gpu = (calibrate(from_proto(proto), data, replace(config, provider=name)) for name in ("cpu", "cuda"))
     assert_close(on_cpu, on_gpu, tolerance)
+
+
+@pytest.mark.skipif(bool(NO_TORCH_GPU), reason=NO_TORCH_GPU or "-")
+def test_moments_of_gradients_are_those_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    config = replace(CONFIG, objective="fisher", loss="cross-entropy", batch=50)
+    labels = np.random.default_rng(1).integers(0, 10, 640)
+    stats = {}
+    for name in ("gpu", "cpu"):
+        stats[name] = calibrate(from_proto(conftest.mlp()), {"x": conftest.rows(640)}, config, labels=labels)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert any(key.endswith(":gradient") for key in stats["gpu"].moments)
+    assert_close(stats["cpu"], stats["gpu"])
+
+
+@pytest.mark.skipif(bool(NO_TORCH_GPU), reason=NO_TORCH_GPU or "-")
+def test_torch_convolves_in_single_precision_where_it_is_compared() -> None:
+    from onnxlr.torch_graph import check_parity, to_torch
+
+    text = "(float[N, 16, 9, 9] x) => (float[N, 32, 7, 7] y)"
+    model = parsed(text, "y = Conv(x, w)", w=random(1, 32, 16, 3, 3))
+    parity = check_parity(to_torch(model).to("cuda"), model, [{"x": random(2, 8, 16, 9, 9)}])
+    # operands rounded to TF32 leave some 3e-4
+    assert max(parity.errors.values()) < 1e-5
 
 
 @cuda

@@ -153,10 +153,9 @@ def test_of_two_axes_that_a_mask_fits_the_first_is_that_of_the_tokens() -> None:
 def test_the_error_does_not_grow_with_the_number_of_rows_of_a_batch_or_of_all() -> None:
     mix = random(1, 6, 6, dtype=np.float64)
     x = (random(2, 40 * PIECE + 5, 6, dtype=np.float64) @ mix).astype(np.float32)
-    first: Batch = (x[:256], None)
     errors = []
-    for rest in ([x[256:PIECE]], [x[256:]], np.array_split(x[256:], 60)):
-        _, inside = both_ways(Rows(), [first, *((part, None) for part in rest)])
+    for batches in (np.split(x[:PIECE], [256]), np.split(x, [PIECE + 1]), np.array_split(x, 60)):
+        _, inside = both_ways(Rows(), [(part, None) for part in batches])
         moments, exact = inside.moments(), Moments.of(x[: inside.count])
         errors.append(np.linalg.norm(moments.gram - exact.gram) / np.linalg.norm(exact.gram))
     assert max(errors[1:]) <= max(errors[0], 5e-8)

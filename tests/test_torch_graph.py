@@ -18,6 +18,7 @@ from onnxlr.model_io import Model, from_proto  # noqa: E402
 from onnxlr.torch_graph import (  # noqa: E402
     UnsupportedOperatorsError,
     find,
+    float32_products,
     to_torch,
 )
 
@@ -250,3 +251,21 @@ def test_a_bad_attribute_type_is_no_crash() -> None:
     graph = helper.make_graph([node], "g", [value], [onnx.ValueInfoProto(name="y")])
     with pytest.raises(UnsupportedOperatorsError, match=r"Cast \(opset 17, to 99\) x 1"):
         to_torch(from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)))
+
+
+def test_precision_is_as_it_was_after_work_in_another() -> None:
+    operators = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+
+    def now() -> list[str]:
+        return [operator.fp32_precision for operator in operators]
+
+    before = now()
+    with float32_products():
+        assert now() == ["ieee"] * 3
+        with float32_products(tf32=True):
+            assert now() == ["tf32"] * 3
+        assert now() == ["ieee"] * 3
+        with pytest.raises(ModelError), float32_products(tf32=True):
+            raise ModelError("")
+        assert now() == ["ieee"] * 3
+    assert now() == before

@@ -14,6 +14,7 @@ except ImportError as error:
 from onnxlr.torch_graph import operators
 from onnxlr.torch_graph.module import TorchGraph, to_torch
 from onnxlr.torch_graph.parity import Parity, check_parity, relative_error
+from onnxlr.torch_graph.precision import float32_products
 from onnxlr.torch_graph.registry import Unsupported, UnsupportedOperatorsError, find, supported
 from onnxlr.torch_graph.tensors import to_array, to_tensor
 
@@ -24,6 +25,7 @@ __all__ = [
     "UnsupportedOperatorsError",
     "check_parity",
     "find",
+    "float32_products",
     "operators",
     "relative_error",
     "supported",

@@ -19,6 +19,7 @@ import torch
 from onnxlr.calibrate import with_outputs
 from onnxlr.errors import DataError, ModelError
 from onnxlr.session import Session
+from onnxlr.torch_graph.precision import float32_products
 from onnxlr.torch_graph.tensors import to_array, to_tensor
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def relative_error(found: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) 
     return float(distance / max(norm, _ZERO * np.sqrt(finite.sum())))
 
 
+@float32_products()
 def check_parity(
     graph: TorchGraph,
     model: Model,

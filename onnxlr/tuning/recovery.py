@@ -21,7 +21,7 @@ from onnxlr.data import batches, numbered_batches, spread
 from onnxlr.errors import ModelError
 from onnxlr.report import Recovery
 from onnxlr.task_loss import TaskLoss
-from onnxlr.torch_graph import check_parity, to_array, to_tensor, to_torch
+from onnxlr.torch_graph import check_parity, float32_products, to_array, to_tensor, to_torch
 from onnxlr.tuning.augment import takes_images
 from onnxlr.tuning.checkpoint import load_checkpoint, run_identity, save_checkpoint
 from onnxlr.tuning.distill import plan_lesson
@@ -54,6 +54,7 @@ MEASURED = 128
 """Samples on which the units of the loss are measured."""
 
 
+@float32_products()
 def recover(
     student: Model,
     teacher: Model,

@@ -17,7 +17,7 @@ import torch
 
 from onnxlr.calibrate import mask_of
 from onnxlr.metrics import token_rows
-from onnxlr.torch_graph import to_tensor
+from onnxlr.torch_graph import float32_products, to_tensor
 from onnxlr.tuning.augment import augment
 from onnxlr.tuning.averaged import Weights
 from onnxlr.tuning.distill import TASK
@@ -193,13 +193,13 @@ class Trainer:
             generator = torch.Generator().manual_seed(int(np.random.SeedSequence(drawn).generate_state(1)[0]))
             given = {name: augment(images, generator, mix=labels is None) for name, images in given.items()}
         ours, theirs = self.lesson.asked
-        with self._fast():
+        with float32_products(tf32=True):
             with torch.no_grad():
                 known = self.teacher(given, outputs=theirs)
             part = self.lesson.loss(module(given, outputs=ours), known, mask, labels) * share
-        part = part + 0 * sum(parameter.flatten()[0] for parameter in idle)
-        # processes average their gradients, which are parts of one sum
-        scaler.scale(part * self.processes.size).backward()
+            part = part + 0 * sum(parameter.flatten()[0] for parameter in idle)
+            # processes average their gradients, which are parts of one sum
+            scaler.scale(part * self.processes.size).backward()
         return float(self.processes.sum(part.detach()))
 
     def _look(self, run: Run, weights: Weights, loss: float) -> None:
@@ -219,8 +219,7 @@ class Trainer:
         sums = torch.zeros(len(outputs) + 1, 2, dtype=torch.float64)
         for feed, labels in self.held_out[self.processes.rank :: self.processes.size]:
             given, mask = self._given(feed), mask_of(feed, self.mask)
-            with self._fast():
-                ours, theirs = self.student(given, outputs=[*outputs, *scores]), self.teacher(given, outputs=outputs)
+            ours, theirs = self.student(given, outputs=[*outputs, *scores]), self.teacher(given, outputs=outputs)
             for row, name in enumerate(outputs):
                 for column, values in enumerate((ours[name].double() - theirs[name].double(), theirs[name].double())):
                     real = None if mask is None else token_rows(mask, tuple(values.shape))
@@ -239,13 +238,6 @@ class Trainer:
 
     def _tensor(self, array: Any) -> Tensor:
         return torch.from_numpy(array).to(self.processes.device)
-
-    def _fast(self) -> Any:
-        """bfloat16 where the hardware multiplies it faster: GPUs that have it."""
-        device = self.processes.device
-        return torch.autocast(
-            device.type, torch.bfloat16, enabled=device.type == "cuda" and torch.cuda.is_bf16_supported()
-        )
 
 
 def schedule(progress: float) -> float:
