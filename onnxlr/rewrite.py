@@ -8,6 +8,7 @@ on one graph.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -27,7 +28,7 @@ from onnxlr.sites.emit import Parts
 from onnxlr.surgery import close_graph, open_graph
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Container, Iterable, Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -66,6 +67,7 @@ def lay_out(inventory: Inventory, weight: Weight, stored: Stored) -> list[SiteAr
     """
     dtype = np.dtype(ml_dtypes.bfloat16) if weight.dtype == "bfloat16" else np.dtype(weight.dtype)
     layouts: list[tuple[object, ...]] = []
+    named = partial(_free, taken=inventory.view.tensors)
     arrays = []
     for site in weight.sites:
         family = FAMILIES[site.op]
@@ -80,8 +82,11 @@ def lay_out(inventory: Inventory, weight: Weight, stored: Stored) -> list[SiteAr
             SiteArrays(
                 site,
                 stored,
-                None if first is None else (f"{stored.shared or weight.name}.lr_first{suffix}", first),
-                (f"{weight.name}.lr_{'kept' if first is None else 'second'}{suffix}", _cast(second, dtype, site)),
+                None if first is None else (named(f"{stored.shared or weight.name}.lr_first{suffix}"), first),
+                (
+                    named(f"{weight.name}.lr_{'kept' if first is None else 'second'}{suffix}"),
+                    _cast(second, dtype, site),
+                ),
                 _bias(inventory, site, stored, dtype),
             )
         )
@@ -89,7 +94,7 @@ def lay_out(inventory: Inventory, weight: Weight, stored: Stored) -> list[SiteAr
 
 
 def _bias(inventory: Inventory, site: Site, stored: Stored, dtype: np.dtype[Any]) -> tuple[str, NDArray[Any]] | None:
-    correction, name = stored.bias, f"{site.output}.lr_bias"
+    correction, name = stored.bias, _free(f"{site.output}.lr_bias", inventory.view.tensors)
     if site.bias is None:
         if correction is None:
             return None
@@ -133,7 +138,7 @@ def emit(
     graph = open_graph(model.proto)
     nodes = by_output(graph)
     scopes = {bodies: scope for scope, bodies in graphs(graph)}
-    names = set(inventory.view.tensors)
+    given = [tensor for scope in scopes.values() for node in scope.nodes for tensor in node.outputs]
     made: dict[str, gs.Tensor] = {}
     hidden: dict[str, gs.Tensor] = {}
 
@@ -161,8 +166,6 @@ def emit(
             adding.inputs[index] = bias
             bias = None
         name = f"{each.shared or site.output}.lr_hidden"
-        while name in names:  # left by an earlier compression of the same model
-            name += "_"
         parts = Parts(
             each.first,
             each.second,
@@ -175,11 +178,39 @@ def emit(
         )
         put(scopes[site.bodies], site, nodes[site.output], parts)
         hidden[name] = parts.hidden
+    _name_anew(scopes.values(), [*given, *made.values()], set(inventory.view.tensors))
     result = close_graph(graph, model.proto)
     for scope in protos(result.graph):
         for value in [value for value in scope.value_info if value.name in narrowed]:
             scope.value_info.remove(value)
     return from_proto(result, folder or model.folder)
+
+
+def _name_anew(scopes: Iterable[gs.Graph], named: Iterable[gs.Tensor], tensors: set[str]) -> None:
+    """Other names for new nodes and tensors that the model has some of already; those of `named` and `tensors` stay.
+
+    It may have been compressed before. onnxruntime loads no model with two nodes of a name, and of two constants one
+    would take the other's place.
+    """
+    every = [node for scope in scopes for node in scope.nodes]
+    done = set(map(id, named))
+    nodes = {node.name for node in every if hasattr(node, "origin")}
+    for node in (node for node in every if not hasattr(node, "origin")):
+        if node.name:
+            node.name = _free(node.name, nodes)
+            nodes.add(node.name)
+        constants = (tensor for tensor in node.inputs if isinstance(tensor, gs.Constant))
+        for tensor in (*constants, *node.outputs):
+            if id(tensor) not in done and not hasattr(tensor, "origin"):
+                done.add(id(tensor))
+                tensor.name = _free(tensor.name, tensors)
+                tensors.add(tensor.name)
+
+
+def _free(name: str, taken: Container[str]) -> str:
+    while name in taken:
+        name += "_"
+    return name
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +268,7 @@ def _narrow(
             for node in (nodes[reader.outputs[0].name] for reader in view.tensors[name].outputs):
                 if node.outputs[0].name in chain.tensors:
                     index = next(i for i, value in enumerate(node.inputs) if value.name == name)
-                    node.inputs[index] = tensor((f"{name}.lr_kept", array))
+                    node.inputs[index] = tensor((_free(f"{name}.lr_kept", view.tensors), array))
     return narrowed
 
 

@@ -286,6 +286,27 @@ def test_a_compressed_model_can_be_compressed_again(body: str, corrected: bool) 
         assert relative(expected, run(model, x=x)["y"]) < 1e-5
 
 
+@pytest.mark.parametrize(
+    "taken", ["n/first", "n/second", "n/mean", "a.lr_hidden", "a/product", "w.lr_first", "w.lr_second", "a.lr_bias"]
+)
+@pytest.mark.parametrize("kind", ["node", "tensor", "constant"])
+def test_what_has_a_name_already_keeps_it(taken: str, kind: str) -> None:
+    weights = {"w": random(1, 6, 5), "s": random(2, 5)}
+    model = parsed("(float[N, 6] x) => (float[N, 5] y)", "a = MatMul(x, w) r = Relu(a) y = Mul(r, s)", **weights)
+    product, relu, scaling = model.proto.graph.node
+    product.name, relu.name = "n", taken if kind == "node" else "m"
+    if kind == "tensor":
+        relu.output[0] = scaling.input[0] = taken
+    elif kind == "constant":
+        model.proto.graph.initializer[1].name = scaling.input[1] = taken
+    x = random(3, 4, 6)
+    before = run(model, x=x)["y"]
+    inventory = take_inventory(model)
+    small = rewrite(inventory, {"w": full_rank(inventory, inventory.weights[0], np.zeros(5))})
+    check(small)
+    assert relative(before, run(small, x=x)["y"]) < 1e-5
+
+
 def test_a_pair_of_external_data_is_read_from_them(tmp_path: Path) -> None:
     model = parsed("(float[N, 40] x) => (float[N, 30] y)", "y = MatMul(x, w)", w=random(1, 40, 30))
     save(model, tmp_path / "model.onnx", size_threshold=0)
