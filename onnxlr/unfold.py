@@ -7,6 +7,7 @@ have a tensor of the same name, so where they do, all but the first get a new on
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ from onnxlr.protos import copy_around_tensors, graphs, with_bodies
 from onnxlr.sites import FAMILIES
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from onnx import GraphProto, ModelProto
 
@@ -81,9 +82,33 @@ def _inlined(proto: ModelProto, functions: list[tuple[str, str]]) -> ModelProto:
         ),
     )
     result: ModelProto = onnx.inliner.inline_selected_functions(outline, functions)
+    _share_constants(result.graph, {name for node in proto.graph.node for name in node.output})
     for tensor in result.graph.initializer:
         tensor.CopyFrom(weights[tensor.name])
     return result
+
+
+def _share_constants(graph: GraphProto, known: Collection[str]) -> None:
+    """Of matrices that inlining has copied, one to every call, the first serves for all; `known` outputs stay."""
+    first: dict[bytes, str] = {}
+    same: dict[str, str] = {}
+    for node in graph.node:
+        matrix = node.op_type == "Constant" and any(len(attribute.t.dims) > 1 for attribute in node.attribute)
+        if matrix and node.output[0] not in known:
+            value = onnx.NodeProto(op_type=node.op_type, attribute=node.attribute)
+            digest = hashlib.sha256(value.SerializeToString(deterministic=True)).digest()
+            same[node.output[0]] = first.setdefault(digest, node.output[0])
+    same = {name: other for name, other in same.items() if name != other}
+    for index in reversed(range(len(graph.node))):
+        if not same.keys().isdisjoint(graph.node[index].output):
+            del graph.node[index]
+    for node in (node for scope in graphs(graph) for node in scope.node):
+        for index, name in enumerate(node.input):
+            if name in same:
+                node.input[index] = same[name]
+    for scope in graphs(graph):
+        for value in [value for value in scope.value_info if value.name in same]:
+            scope.value_info.remove(value)
 
 
 def _clashing(graph: GraphProto) -> bool:

@@ -59,6 +59,22 @@ def test_functions_with_linear_operators_are_inlined_and_others_stay() -> None:
     assert not inventory.refusals
 
 
+def test_a_weight_in_a_function_is_one_however_often_it_is_called() -> None:
+    values = ", ".join(map(str, range(36)))
+    layer = (
+        '<domain: "local", opset_import: ["" : 17]> layer (a) => (r) { '
+        f"m = Constant<value = float[6, 6] {{{values}}}>() p = MatMul(a, m) r = Tanh(p) }} "
+    )
+    text = "(float[N, 6] x) => (float[N, 6] y)", "g = local.layer(x) h = local.layer(g) y = local.layer(h)"
+    given = parsed(*text, tail=layer)
+    model, _ = unfold(given)
+    onnx.checker.check_model(model.proto, full_check=True)
+    assert np.array_equal(run(model, x=X[:, :6])["y"], run(given, x=X[:, :6])["y"])
+    inventory = take_inventory(model)
+    assert [(weight.parameters, len(weight.sites)) for weight in inventory.weights] == [(36, 3)]
+    assert inventory.parameters == 36
+
+
 def test_a_model_without_such_functions_is_returned_itself() -> None:
     model = parsed(f"(float[N, {D}] x) => (float[N, {D}] y)", "s = local.shift(x) y = MatMul(s, w)", tail=SHIFT, w=W)
     assert unfold(model) == (model, ())
