@@ -85,6 +85,7 @@ def take_inventory(model: Model, shapes: Mapping[str, tuple[int, ...]] | None = 
         if reason is not None:
             refusals += [_refusal(nodes[site.output], reason, view, shapes) for site in members]
             continue
+        # one that is unknown does not count, as its rows do not
         counts = [macs(nodes[site.output], shapes) for site in members]
         first, rows = members[0], _rows(members, nodes, shapes)
         weights.append(
@@ -96,7 +97,9 @@ def take_inventory(model: Model, shapes: Mapping[str, tuple[int, ...]] | None = 
                 sites=tuple(members),
                 sources=sources,
                 parameters=sum(prod(view.shape(view.tensors[source])) for source in sources),
-                macs=None if None in counts else round(first.groups * rows[0] * first.d_in * first.d_out),
+                macs=round(first.groups * rows[0] * first.d_in * first.d_out)
+                if counts.count(None) < len(counts)
+                else None,
                 rows=rows,
                 convolutions=_convolutions(members, nodes, shapes),
             )
