@@ -17,6 +17,7 @@ from onnxlr.session import Session
 from onnxlr.shapes import measure_shapes, synthetic_sample
 from onnxlr.sites import take_inventory
 from onnxlr.timing_cache import recalled, remember
+from onnxlr.unfold import unfold
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -118,18 +119,15 @@ def _feeds(
 ) -> dict[int, Feed]:
     """What to run, by the number of samples that it really holds."""
     inputs = Session(model, provider=provider, optimize=False).inputs
+    data = None if calib is None else open_data(calib, inputs, images=images_for(model, images))
     feeds = {}
     for size in batch_sizes:
         if size < 1:
             raise ConfigError(f"batch size {size}: expected 1 or more")
-        if calib is None:
-            feed = synthetic_sample(inputs, size)
-        else:
-            data = open_data(calib, inputs, images=images_for(model, images))
-            found = next(batches(data, size, inputs), None)
-            if found is None:
-                raise DataError(f"{data.name}: no sample to run")
-            feed = found
+        feed = synthetic_sample(inputs, size) if data is None else next(batches(data, size, inputs), None)
+        if feed is None:
+            assert data is not None
+            raise DataError(f"{data.name}: no sample to run")
         feeds[sample_count(feed, inputs)] = feed
     return feeds
 
@@ -219,15 +217,16 @@ def profile(
     OnnxlrError
         Whatever is wrong with the model, the data or the installation; OutputError where the cache cannot be written.
     """
-    loaded = as_model(model)
-    ((_, one),) = _feeds(loaded, calib, [1], images, provider).items()
-    ((size, many),) = _feeds(loaded, calib, [batch], images, provider).items()
+    loaded, _ = unfold(as_model(model))
+    feeds = list(_feeds(loaded, calib, [1, batch], images, provider).items())  # one alone, where the batch is fixed
+    (counted, one), (size, many) = feeds[0], feeds[-1]
     inventory = take_inventory(loaded, measure_shapes(loaded, one, provider=provider))
     settings: dict[str, Any] = {"provider": provider, "threads": threads}
     dtype = timed_dtype(inventory.weights)
     timings, held = recalled(**settings, dtype=dtype)
-    prices = Prices(inventory, timings, size, timings.whole(loaded, many), rank_multiple)
-    layers = tuple(_layers(inventory, prices, size, rank_multiple))
+    times = size // counted
+    prices = Prices(inventory, timings, times, timings.whole(loaded, many), rank_multiple)
+    layers = tuple(_layers(inventory, prices, times, rank_multiple))
     path: Path = remember(timings, **settings, dtype=dtype)
     return Profile(
         model=name_of(model), batch=size, **settings, dtype=dtype, model_us=prices.whole, layers=layers,
@@ -235,7 +234,7 @@ def profile(
     )  # fmt: skip
 
 
-def _layers(inventory: Inventory, prices: Prices, batch: int, multiple: int) -> Iterator[LayerTimes]:
+def _layers(inventory: Inventory, prices: Prices, times: int, multiple: int) -> Iterator[LayerTimes]:
     alike: dict[tuple[Any, ...], list[Weight]] = {}
     for weight in inventory.weights:
         if any(weight.rows):
@@ -250,7 +249,7 @@ def _layers(inventory: Inventory, prices: Prices, batch: int, multiple: int) -> 
         break_even = d_in * d_out / (d_in + d_out)
         half = max((rank for rank in ranks if rank <= break_even / 2), default=None)
         yield LayerTimes(
-            d_in, d_out, groups, round(batch * rows[0]), len(weights), dense, break_even,
+            d_in, d_out, groups, round(times * rows[0]), len(weights), dense, break_even,
             max((rank for rank in ranks if pair(rank) < dense), default=0),
             half, None if half is None else pair(half),
         )  # fmt: skip

@@ -102,6 +102,30 @@ def test_profile_prices_layers_as_the_plan_does_and_keeps_the_times(shelf: Path)
     assert document["cache"] in table.out
 
 
+def test_rows_of_a_fixed_batch_are_those_of_the_batch() -> None:
+    fixed, free = (onnxlr.profile(mlp(batch=batch), batch=16, threads=1) for batch in ("16", "N"))
+    assert fixed.batch == free.batch == 16
+    assert [layer.rows for layer in fixed.layers] == [layer.rows for layer in free.layers] == [16] * 3
+
+
+def test_layers_in_functions_are_timed_too() -> None:
+    text = """<ir_version: 8, opset_import: ["" : 17, "own" : 1]>
+        g (float[N, 32] x) => (float[N, 8] y) { h = own.layer(x, w) y = MatMul(h, v) }
+        <domain: "own", opset_import: ["" : 17]> layer (x, w) => (y) { p = MatMul(x, w) y = Relu(p) }"""
+    proto = onnx.parser.parse_model(text)
+    for name, array in (("w", random(1, 32, 24)), ("v", random(2, 24, 8))):
+        proto.graph.initializer.append(numpy_helper.from_array(array, name))
+    found = onnxlr.profile(proto, threads=1)
+    assert [(layer.d_in, layer.d_out) for layer in found.layers] == [(32, 24), (24, 8)]
+
+
+def test_what_can_be_read_once_is_timed_at_every_size() -> None:
+    model = from_proto(mlp())
+    found = onnxlr.bench([model], iter([{"x": row[None]} for row in rows(12)]), batch_sizes=(1, 4), runs=2, threads=1)
+    assert set(found.latencies) == {1, 4}
+    assert onnxlr.profile(model, iter([{"x": row[None]} for row in rows(12)]), batch=4, threads=1).batch == 4
+
+
 def test_profile_times_convolutions_as_such_and_an_older_cache_is_not_believed() -> None:
     arrays = {"w": random(1, 16, 8, 3, 3), "v": random(2, 16, 8, 3, 3), "u": random(3, 16, 8, 3, 3)}
     body = "a = Conv<pads = [1, 1, 1, 1]>(x, w) b = Conv<strides = [2, 2]>(x, v) c = Conv<pads = [1, 1, 1, 1]>(x, u)"
