@@ -181,6 +181,7 @@ def _one_pass(
         samples=count,
         holdout_every=config.holdout_every,
         moments=sums.moments(),
+        mask=config.mask or "",
     )
 
 

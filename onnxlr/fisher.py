@@ -96,7 +96,7 @@ def gradient_moments(
         def gathered(own: dict[str, Site] = own) -> Stats:
             heads = {name: inventory.matrix(tables[name]) for name in own if name in tables}
             moments = _one_pass(model, own, heads, samples, inputs, config, labels, progress)
-            return Stats(fingerprint, (), 0, config.holdout_every, moments)
+            return Stats(fingerprint, (), 0, config.holdout_every, moments, mask=config.mask or "")
 
         passes.append(recall((names, *how), gathered))
     result = reduce(beside, passes)

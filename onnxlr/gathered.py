@@ -138,16 +138,19 @@ def as_gathered(case: Case, stats: Stats, config: Config) -> Case:
 
 
 def require_same_division(stats: Stats, config: Config) -> Stats:
-    """`stats`, if the samples that they held out are those that are held out now.
+    """`stats`, if the samples and the padding that they left out are those that are left out now.
 
     Raises
     ------
     StatsError
-        They are not: the result would be validated on samples that it was calibrated on.
+        They are not: the result would be validated on samples that it was calibrated on, or cut for padding.
     """
     if stats.holdout_every != config.holdout_every:
         raise StatsError(
             f"these moments held out one sample of {stats.holdout_every}, this run one of {config.holdout_every}: it "
             f"would validate on samples that were calibrated on; give --holdout-every {stats.holdout_every}"
         )
+    if stats.mask != (config.mask or ""):
+        gathered, now = (f"with --mask {mask}" if mask else "without --mask" for mask in (stats.mask, config.mask))
+        raise StatsError(f"these moments were gathered {gathered}, and this run is {now}: gather them as they are used")
     return stats

@@ -150,6 +150,8 @@ class Stats:
         Why there are no gradients among them, where there would be if they could be had.
     loss
         What the gradients among them are of, as of `Config.loss`; "" for those of the outputs.
+    mask
+        The input by which padding was left out, as of `Config.mask`; "" where none was.
     """
 
     model: str
@@ -159,6 +161,7 @@ class Stats:
     moments: Mapping[str, Moments] = field(repr=False)
     no_gradients: str = ""
     loss: str = ""
+    mask: str = ""
 
     @property
     def sizes(self) -> Mapping[str, Size]:
@@ -180,6 +183,9 @@ class Stats:
         if self.loss != other.loss:
             losses = " and ".join(own.loss or "the outputs" for own in (self, other))
             raise StatsError(f"gradients of different losses do not add: those of {losses}")
+        if self.mask != other.mask:
+            masks = " and ".join(f"--mask {own.mask}" if own.mask else "no --mask" for own in (self, other))
+            raise StatsError(f"shards that leave out other padding do not add: those with {masks}")
         if self.holdout_every != other.holdout_every:
             raise StatsError(
                 f"shards with different held-out shares do not add: "
@@ -196,6 +202,7 @@ class Stats:
             ),
             self.no_gradients or other.no_gradients,
             self.loss,
+            self.mask,
         )
 
     def fingerprint(self) -> str:
@@ -224,6 +231,7 @@ class Stats:
             "holdout_every": str(self.holdout_every),
             "no_gradients": self.no_gradients,
             "loss": self.loss,
+            "mask": self.mask,
             "rows": json.dumps({key: rows for key, (rows, _) in self.sizes.items()}),
         }
         shapes: dict[str, tuple[int, ...]] = {}
@@ -259,6 +267,7 @@ class Stats:
                     OnDemand(sizes, lambda key: _read(path, key, sizes[key][0])),
                     header.get("no_gradients", ""),
                     header.get("loss", ""),
+                    header.get("mask", ""),
                 )
         except FileNotFoundError:
             raise StatsError(f"{path} does not exist: write it with `onnxlr calibrate`") from None

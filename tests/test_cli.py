@@ -492,6 +492,14 @@ def test_a_mask_keeps_padding_out(shelf: Path, tmp_path: Path) -> None:
     assert padded == sum(12 if index % 3 == 0 else 10 for index in kept)
     assert masked["validation"]["error"] < plain["validation"]["error"]
     assert onnx.load(tmp_path / "m.onnx").graph.output == attention().graph.output
+    moments = tmp_path / "m.safetensors"
+    gathered = ("calibrate", shelf / "attention.onnx", "--calib", shelf / "seq", "-o", moments, "--objective", "output")
+    assert invoke(*gathered, "--mask", "mask").code == 0
+    objective = ("--objective", "output", "--stats", moments)
+    refused = invoke(*command, "-o", tmp_path / "s.onnx", *objective)
+    assert refused.code == 1
+    assert "these moments were gathered with --mask mask, and this run is without --mask" in refused.err
+    assert invoke(*command, "-o", tmp_path / "s.onnx", *objective, "--mask", "mask").code == 0
 
 
 @pytest.mark.slow

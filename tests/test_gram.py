@@ -105,6 +105,7 @@ def test_stats_add_by_tensor() -> None:
         ({"model": "b" * 64}, "moments of different models do not add: aaaaaaaaaaaa and bbbbbbbbbbbb"),
         ({"moments": {"input:x": Moments.zero(4)}}, "only one of the files has 'output:h/0:rows'"),
         ({"holdout_every": 4}, "one sample of 8 and one of 4"),
+        ({"mask": "real"}, "those with no --mask and --mask real"),
     ],
 )
 def test_stats_that_do_not_add_are_refused(other: dict[str, Any], message: str) -> None:
