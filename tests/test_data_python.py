@@ -118,6 +118,9 @@ def test_torch_data_loader() -> None:
         values(dicts)
     with pytest.raises(DataError, match=r"draws its samples with a RandomSampler.*shuffle=False"):
         values(data.DataLoader(x.detach(), shuffle=True))
+    rows = data.BatchSampler(data.RandomSampler(range(5)), 2, drop_last=False)
+    with pytest.raises(DataError, match=r"draws its samples with a RandomSampler.*shuffle=False"):
+        values(data.DataLoader(x.detach(), batch_sampler=rows))
 
 
 def test_onnxruntime_calibration_data_reader() -> None:

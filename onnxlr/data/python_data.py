@@ -69,12 +69,13 @@ def _drain(reader: Any) -> Iterator[object]:
 
 def _refuse_shuffling(source: object) -> None:
     # Every pass would come in another order: held-out samples would be calibrated on, labels would not match.
-    sampler = type(getattr(source, "sampler", None)).__name__
-    if "Random" in sampler:
-        raise DataError(
-            f"{type(source).__name__} draws its samples with a {sampler}, in another order on every pass, which mixes "
-            "held-out samples with calibration; make it with shuffle=False"
-        )
+    batch_sampler = getattr(source, "batch_sampler", None)
+    for sampler in (getattr(source, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)):
+        if "Random" in type(sampler).__name__:
+            raise DataError(
+                f"{type(source).__name__} draws its samples with a {type(sampler).__name__}, in another order on every "
+                "pass, which mixes held-out samples with calibration; make it with shuffle=False"
+            )
 
 
 def _feed(item: object, inputs: Sequence[TensorSpec], where: str) -> Mapping[str, object]:
