@@ -112,7 +112,7 @@ class Work:
         """Moments, made unless there is a file of them, and read from there."""
         path = self.path(stage, settings, ".safetensors")
         if not path.exists():
-            make().save(path)
+            make().save(path, force=True)  # another run of the same may have come first
         return Stats.load(path)
 
     def values(self, stage: str, settings: object, make: Callable[[], Any]) -> Any:
@@ -120,7 +120,7 @@ class Work:
         path = self.path(stage, settings, ".json")
         if not path.exists():
             made = json.dumps(make())
-            with replacing(path) as temporary:
+            with replacing(path, force=True) as temporary:
                 temporary.write_text(made)
         return read_json(path)
 

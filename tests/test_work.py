@@ -135,6 +135,20 @@ def test_scarce_memory_changes_nothing(tmp_path: Path, objective: Any, memory: i
     assert sum(passes) >= 2 * scarce.samples  # of all passes together
 
 
+@pytest.mark.parametrize("first", ["calibrate", "importance"])
+def test_two_runs_may_do_the_same_at_once(tmp_path: Path, first: str) -> None:
+    others = []
+
+    def progress(stage: str, done: int, total: int | None, note: str = "") -> None:
+        if stage == first and not others:
+            others.append(tmp_path / "other")
+            others[0].mkdir()
+            shrink(others[0], work=tmp_path / "work")  # has written the stage when this run comes to write it
+
+    same(shrink(tmp_path, progress, tmp_path / "work"), shrink(tmp_path))
+    assert others
+
+
 def test_energy_takes_no_importance_and_can_be_resumed(tmp_path: Path) -> None:
     settings = {"target": Target("energy", 0.9), "memory": 1}
     with pytest.raises(KilledError):
