@@ -53,7 +53,7 @@ IMPORTANCE_SAMPLES, FEW_SAMPLES, IMPORTANCE_ROWS = 16, 4, 64
 """Calibration samples on which the importance of weights is measured: the few, where those have so many tokens."""
 QUANTIZE_SAMPLES = 64
 """Calibration samples that show the range of activations, where those are quantized beforehand."""
-ATTEMPTS = 3
+ATTEMPTS = 4
 """Searches for a target, each stricter than the one before, until all held-out samples agree that it is met."""
 
 NEAR = 0.95
@@ -98,6 +98,7 @@ def meet_target(
         return plan
 
     limit, met = target.value, None
+    slow: list[tuple[float, float]] = []
     for attempt in range(ATTEMPTS):
         try:
             plan = _recalled(work, (_settings(config, parts, labels), limit), partial(planned, limit))
@@ -117,7 +118,8 @@ def meet_target(
             limit += (1 - limit) / 2
         elif target.kind == "max_latency" and (ratio := _latency(case, compressed, config)) > target.value:
             reached = f"{ratio:.3f} of the dense latency"
-            limit *= 0.98 * target.value / ratio
+            slow.append((limit, ratio))
+            limit = _faster(slow, 0.98 * target.value)
             if met is not None:
                 break
         elif target.kind == "max_latency" and ratio < NEAR * target.value and limit < 1 and attempt + 1 < ATTEMPTS:
@@ -168,6 +170,19 @@ def finish(
         quantized = quantize(compressed, config.then, feeds)
     with clock.stage("validate"):
         return Result(compressed, alone, quantized, _validate(case, quantized, config, labels, progress))
+
+
+def _faster(slow: Sequence[tuple[float, float]], ratio: float) -> float:
+    """The limit for a plan that takes `ratio`, after others for which (limit, ratio) was found.
+
+    In proportion to the last one; or on the line through the last two, for what is no product does not shrink, but not
+    by more than a quarter: two times may be as good as equal.
+    """
+    limit, found = slow[-1]
+    if len(slow) > 1 and slow[-2][0] > limit and slow[-2][1] > found:
+        limit_before, found_before = slow[-2]
+        return max(0.75 * limit, limit - (found - ratio) * (limit_before - limit) / (found_before - found))
+    return limit * ratio / found
 
 
 def _stricter(config: Config, result: Result) -> float:
@@ -240,7 +255,8 @@ def _chooser(
 
 def _settings(config: Config, parts: Sequence[Part], labels: NDArray[np.int64] | None) -> str:
     """What a plan follows from beside the model, the data and how far it goes."""
-    settings = replace(config, target=replace(config.target, value=1.0), threads=0, memory=None, then=None)
+    threads = config.threads if config.target.kind == "max_latency" else 0
+    settings = replace(config, target=replace(config.target, value=1.0), threads=threads, memory=None, then=None)
     seen = [(part.name, part.rows) for part in parts]
     truth = None if labels is None else labels.tolist()
     return json.dumps([asdict(settings) | {"forms": sorted(config.forms)}, seen, truth])

@@ -299,7 +299,20 @@ def test_a_model_that_is_faster_than_asked_for_keeps_more_where_it_still_meets_t
     assert in_between == more
 
 
-@pytest.mark.parametrize("measured", [(0.97, 0.96, 0.95), (100.0,)])
+def test_what_does_not_shrink_with_the_plan_is_seen_after_two_of_them() -> None:
+    def measured(limit: float) -> float:
+        return 0.2 + 0.6 * limit
+
+    first = 0.5
+    second = search._faster([(first, measured(first))], 0.38)
+    assert second == pytest.approx(first * 0.38 / measured(first))
+    third = search._faster([(first, measured(first)), (second, measured(second))], 0.38)
+    assert measured(third) == pytest.approx(0.38)
+    assert search._faster([(0.5, 0.51), (0.4, 0.51)], 0.38) == pytest.approx(0.4 * 0.38 / 0.51)
+    assert search._faster([(0.5, 0.51), (0.4, 0.509)], 0.38) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("measured", [(0.97, 0.96, 0.95, 0.94), (100.0,)])
 def test_a_share_that_only_the_products_keep_is_refused_with_what_was_reached(
     ratios: Callable[..., list[float]], measured: tuple[float, ...]
 ) -> None:
