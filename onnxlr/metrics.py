@@ -165,10 +165,11 @@ class OutputComparison:
         self._max = max(self._max, float(difference.max()))
 
 
-def relative_error(parities: Iterable[OutputParity]) -> float:
-    """The one figure of a model: `sqrt(mean of relative_l2^2)` over its floating outputs that hold values.
+def relative_error(parities: Iterable[OutputParity], *, floating: bool = False) -> float:
+    """The one figure of a model: that of the output which is furthest off, of those that hold values.
 
-    A model none of whose outputs is floating is judged by `1 - agreement` in place of relative_l2.
+    Of a floating output it is `relative_l2`, of another `1 - agreement`. With `floating` only floating ones count where
+    there are any: small errors move what others agree in by steps, or not at all.
 
     Raises
     ------
@@ -177,10 +178,11 @@ def relative_error(parities: Iterable[OutputParity]) -> float:
     """
     counted = [parity for parity in parities if parity.count]
     errors = [parity.relative_l2 for parity in counted if parity.relative_l2 is not None]
-    errors = errors or [1.0 - parity.agreement for parity in counted if parity.agreement is not None]
+    if not (errors and floating):
+        errors += [1.0 - parity.agreement for parity in counted if parity.agreement is not None]
     if not errors:
         raise DataError("no output holds a value: there is nothing to compare; check the data and the padding mask")
-    return math.sqrt(sum(error * error for error in errors) / len(errors))
+    return max(errors)
 
 
 def is_floating(dtype: np.dtype[Any]) -> bool:

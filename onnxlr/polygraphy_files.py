@@ -2,8 +2,8 @@
 
 Polygraphy compares two runs feed by feed, output by output, by a statistic of the absolute difference against an
 absolute tolerance (its relative tolerance is kept at 0: divided by values near zero, it says nothing of a network's
-output). The gate of `onnxlr.validate` is relative_l2 = rms(a - b) / rms(a) <= max_error, `a` being the reference, in
-the mean over all outputs and samples. Polygraphy has no rms, so its nearest statistic is held against the same bound:
+output). The gate of `onnxlr.validate` is relative_l2 = rms(a - b) / rms(a) <= max_error, `a` being the reference, over
+all samples and for every output. Polygraphy has no rms, so its nearest statistic is held against the same bound:
 
     floating   mean |a - b|                         <= max_error rms(a)
     integer    quantile 1 - max_error of |a - b|    <= 0               at most max_error (n - 1) of n elements differ
@@ -12,8 +12,8 @@ the mean over all outputs and samples. Polygraphy has no rms, so its nearest sta
 with rms(a) over all the feeds. An output that is empty on some feed has no mean there: its elements are held one by one
 against the same bound. As mean |e| <= rms(e), a floating output that fails here has an rms error above max_error rms(a)
 on some feed; on a single feed, an output with relative_l2 <= max_error passes. The converse is looser: normally
-distributed errors fail from 1.25 max_error on. Polygraphy sees padding too, and integer outputs, which the gate leaves
-aside where there are floating ones. A few feeds are enough: they are held in memory, and in the files.
+distributed errors fail from 1.25 max_error on. Polygraphy sees padding too. A few feeds are enough: they are held in
+memory, and in the files.
 
 `write_polygraphy` leaves a folder for the documented command line, which gives the same verdict:
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING
 
@@ -297,7 +298,7 @@ class Chooser:
         if kind in BUDGETS:
             return planner.fits(limit * planner.whole)
         if kind == "max_error":
-            return self._smallest(planner, self._trial.error, lambda error: error <= limit)
+            return self._smallest(planner, partial(self._trial.error, floating=False), lambda error: error <= limit)
         dense = self._trial.metric({}, self._held_out)
         return self._smallest(planner, self._trial.metric, lambda metric: metric >= limit * dense)
 

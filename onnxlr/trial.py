@@ -199,8 +199,10 @@ class Trial:
         wanted = {spec.name for spec in session.inputs}
         return [session.run({name: feed[name] for name in wanted}) for feed, _, _ in observed]
 
-    def error(self, factors: Mapping[str, Factors], observed: Observed) -> float:
+    def error(self, factors: Mapping[str, Factors], observed: Observed, *, floating: bool = True) -> float:
         """The relative error of the outputs with the weights in `factors` cut and all others dense.
+
+        As of `relative_error`; what is predicted from it has to change with every rank, so that of floating outputs.
 
         Infinite where the model's element type cannot hold a factor, or an output is not finite then.
         """
@@ -209,7 +211,7 @@ class Trial:
             for (feed, reference, _), candidate in zip(observed, self._outputs(factors, observed), strict=True)
         )
         try:
-            return relative_error(compare(runs, mask=self._mask))
+            return relative_error(compare(runs, mask=self._mask), floating=floating)
         except (RangeError, CandidateError):
             return inf
 

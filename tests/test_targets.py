@@ -285,7 +285,7 @@ class Stub:
     alone: Mapping[str, float] = field(default_factory=dict)
     tried: list[dict[str, int]] = field(default_factory=list)
 
-    def error(self, factors: Mapping[str, Factors], observed: object) -> float:
+    def error(self, factors: Mapping[str, Factors], observed: object, **_: object) -> float:
         if observed is PROBED:
             (name,) = factors
             return self.alone.get(name, self._lost(factors))
@@ -420,7 +420,7 @@ def test_a_bound_that_a_given_rank_breaks_is_refused(rank: int) -> None:
     parts = parts_of(inventory, fixed)
     trial: Any = Stub(parts, alone)
     if rank == 24:
-        trial.error = lambda factors, observed: 0.5
+        trial.error = lambda factors, observed, **_: 0.5
     with pytest.raises(GateError) as refused:
         chooser_of(inventory, parts, trial, config).plan(bound)
     assert f"--max-error {bound:g} cannot be reached" in str(refused.value)
@@ -432,7 +432,7 @@ def test_a_weight_whose_cut_loses_nothing_is_not_measured() -> None:
     config = Config(target=Target("keep_params", 0.5), rank_multiple=1, **PAIRS)
 
     class Unused:
-        def error(self, factors: object, observed: object) -> float:
+        def error(self, factors: object, observed: object, **_: object) -> float:
             raise AssertionError
 
     trial: Any = Unused()
@@ -472,7 +472,7 @@ class InContext(Stub):
 
     truth: Mapping[str, float] = field(default_factory=dict)
 
-    def error(self, factors: Mapping[str, Factors | Stored], observed: object) -> float:
+    def error(self, factors: Mapping[str, Factors | Stored], observed: object, **_: object) -> float:
         if len(factors) == 1:
             return self._lost(factors)
         return math.sqrt(sum(self.truth.get(name, 1.0) * self._lost({name: factors[name]}) ** 2 for name in factors))

@@ -230,7 +230,7 @@ class Trainer:
                 given_scores = {name: ours[s] for name, s in zip(outputs, scores, strict=True)}
                 sums[-1] += torch.tensor([float(self.lesson.task(given_scores, self._tensor(labels))), len(labels)])
         total = self.processes.sum(sums.to(self.processes.device)).cpu()
-        error = float((total[:-1, 0] / total[:-1, 1].clamp_min(1e-30)).mean().sqrt())
+        error = float((total[:-1, 0] / total[:-1, 1].clamp_min(1e-30)).max().sqrt())
         return error, float(total[-1, 0] / total[-1, 1]) if total[-1, 1] else 0.0
 
     def _given(self, feed: Feed) -> dict[str, Tensor]:
