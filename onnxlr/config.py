@@ -114,7 +114,7 @@ class Config:
         where labels are given; those of the outputs themselves when None. Outputs that are a softmax or sigmoid come as
         the scores before it.
     metric
-        "top1" or "module:function", the task metric where labels are given.
+        "top1", "top1:output" or "module:function", the task metric where labels are given.
     then
         What is done with the compressed model at last: see `onnxlr.quantize`. Bounds on the error or the metric hold
         for the result, shares of parameters, multiply-accumulates or latency for the model before. With 8 bits no

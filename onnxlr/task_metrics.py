@@ -7,6 +7,7 @@ import math
 import operator
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,34 +16,39 @@ import numpy as np
 from onnxlr.errors import ConfigError, DataError, one_line
 from onnxlr.metrics import Array, is_floating
 
+TOP1 = "top1"
+
 Metric: TypeAlias = Callable[[Mapping[str, Array], Array], float]
 """(outputs of a batch, each `[n, ...]`; labels `[n, ...]`) -> mean over the batch; larger is better by convention."""
 
 
-def top1(outputs: Mapping[str, Array], labels: Array) -> float:
+def top1(outputs: Mapping[str, Array], labels: Array, *, output: str = "") -> float:
     """Share of samples whose highest score is at the label.
 
     Parameters
     ----------
     outputs : mapping of str to array
-        The first floating output `[n, classes]` with at least 2 classes is taken.
+        One of them holds the scores: floating, `[n, classes]`, with at least 2 classes.
     labels : integer array `[n]`
         The right classes, from 0.
+    output
+        Its name, where others look like it.
 
     Raises
     ------
     DataError
-        No output of such a shape, or labels that are not classes of it.
+        No output of such a shape or several, or labels that are not classes of it.
     """
     count = len(labels)
-    found = [(name, array) for name, array in outputs.items() if _class_scores(array, count)]
-    if not found:
+    found = [name for name, array in outputs.items() if _class_scores(array, count) and output in ("", name)]
+    if len(found) != 1:
         shapes = ", ".join(f"{name!r} {array.dtype} {list(array.shape)}" for name, array in outputs.items())
+        remedy = f"name the right one: --metric {TOP1}:{found[0]}" if found else "pass one of your own: module:function"
         raise DataError(
-            f"top1 needs a floating output [{count}, classes] with 2 classes or more, the model gives {shapes}: "
-            "pass a metric of your own as module:function"
+            f"{TOP1} needs one floating output [{count}, classes] with 2 classes or more, the model gives {shapes}: "
+            f"{remedy}"
         )
-    name, scores = found[0]
+    (name,), scores = found, outputs[found[0]]
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise DataError(f"top1 needs one integer label a sample, got {labels.dtype} labels {list(labels.shape)}")
     if count and not 0 <= int(labels.min()) <= int(labels.max()) < scores.shape[1]:
@@ -54,14 +60,16 @@ def top1(outputs: Mapping[str, Array], labels: Array) -> float:
 
 
 def load_metric(spec: str) -> Metric:
-    """The metric of that name: "top1", or "module:function".
+    """The metric of that name: "top1", "top1:output", or "module:function".
 
     Raises
     ------
     ConfigError
         As of `load_function`.
     """
-    metric: Metric = load_function("metric", spec, {"top1": top1})
+    if spec.startswith(f"{TOP1}:"):
+        return partial(top1, output=spec.removeprefix(f"{TOP1}:"))
+    metric: Metric = load_function("metric", spec, {TOP1: top1})
     return metric
 
 

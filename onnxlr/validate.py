@@ -1,9 +1,9 @@
 """Parity of two models on data, and their task metric, streamed: one batch in memory, whatever the size of the set.
 
 Both models get the same feeds. Every output is compared as `onnxlr.metrics` defines it, padded tokens left out where a
-mask names the real ones, and one figure is made of all outputs:
+mask names the real ones, and one figure is made of all outputs, that of the one which is furthest off:
 
-    error = sqrt(mean over floating outputs of relative_l2^2)          passed: error <= max_error
+    error = max over outputs of relative_l2, or of 1 - agreement        passed: error <= max_error
 
 A half-precision reference is off by its own rounding. So it is also compared with its float32 self, on the same feeds:
 the error of that is the `noise` that any error of the candidate is to be read beside. It is that of the provider at
@@ -108,7 +108,7 @@ def validate(
     labels : array `[n, ...]`, optional
         One for each sample of the whole data set; of a part, as from `split`, each sample keeps its own label.
     metric : str
-        "top1" or "module:function", computed where `labels` are given.
+        "top1", "top1:output" or "module:function", computed where `labels` are given.
     provider, threads
         As of `Session`.
     max_error : float, optional

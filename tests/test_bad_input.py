@@ -408,6 +408,8 @@ def test_a_reader_that_closes_early_sees_no_traceback(shelf: Path, command: str,
 
 
 def test_a_closed_stdout(shelf: Path) -> None:
+    result = shell(f"onnxlr analyze {shelf}/mlp.onnx --calib {shelf}/calib --csv >&-")
+    assert "Traceback" not in result.err
     result = shell(f"onnxlr inspect {shelf}/mlp.onnx >&-")
     assert "Traceback" not in result.err
     assert "AttributeError" not in result.err

@@ -158,11 +158,15 @@ def test_messages_of_outputs_that_cannot_be_compared() -> None:
         compared(good, good, np.ones(3, bool))
 
 
-def test_the_error_of_a_model_is_the_root_mean_square_over_floating_outputs() -> None:
+def test_the_error_of_a_model_is_that_of_its_worst_output() -> None:
     one = np.ones((1, 1), np.float32)
-    label = np.zeros((1, 1), np.int64)
-    parities = [compared(one, one - 0.5), compared(one, one), compared(label, label + 1), compared(one[:0], one[:0])]
-    assert relative_error(parities) == pytest.approx(math.sqrt(0.125))
+    labels = np.zeros((4, 1), np.int64)
+    off = [compared(one, one - 0.5), compared(one, one), compared(one[:0], one[:0])]
+    assert relative_error(off) == 0.5
+    wrong = compared(labels, np.array([[0], [1], [1], [1]]))
+    assert relative_error([*off, wrong]) == 0.75
+    assert relative_error([*off, wrong], floating=True) == 0.5
+    assert relative_error([wrong], floating=True) == 0.75
     assert relative_error([compared(np.arange(4), np.array([0, 1, 2, 4]))]) == 0.25
     assert relative_error([compared(one * 0, one)]) == math.inf
 
@@ -210,15 +214,24 @@ def test_a_padding_mask_has_two_axes() -> None:
         token_rows(MASK[:, None], (2, 3, 8))
 
 
-def test_top1_takes_the_first_output_of_class_scores() -> None:
+def test_top1_takes_the_output_of_class_scores() -> None:
     scores = np.array([[0.1, 0.9], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4]], np.float32)
     outputs = {"hidden": np.zeros((4, 2, 2), np.float32), "ids": np.zeros((4, 2), np.int64), "logits": scores}
-    assert top1(outputs, np.array([1, 0, 0, 0], np.uint8)) == 0.75
+    labels = np.array([1, 0, 0, 0], np.uint8)
+    assert top1(outputs, labels) == 0.75
+    several = {"features": -scores, **outputs}
+    with pytest.raises(
+        DataError, match=r"top1 needs one floating output .*: name the right one: --metric top1:features"
+    ):
+        top1(several, labels)
+    assert load_metric("top1:logits")(several, labels) == 0.75
+    with pytest.raises(DataError, match=r"the model gives 'features' .*: pass one of your own"):
+        load_metric("top1:other")(several, labels)
 
 
 def test_messages_of_top1() -> None:
     scores = {"logits": np.zeros((2, 3), np.float32)}
-    with pytest.raises(DataError, match=r"top1 needs a floating output \[2, classes\].*'z' float32 \[2\]"):
+    with pytest.raises(DataError, match=r"top1 needs one floating output \[2, classes\].*'z' float32 \[2\]"):
         top1({"z": np.zeros(2, np.float32)}, np.array([0, 1]))
     with pytest.raises(DataError, match=r"one integer label a sample, got float64 labels \[2\]"):
         top1(scores, np.array([0.0, 1.0]))

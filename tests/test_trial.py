@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 X, Z = random(10, 21, 6), random(11, 21, 4)
 LABELS = np.random.default_rng(12).integers(0, 4, 21)
-CONFIG = Config(threads=1, batch=4)
+CONFIG = Config(threads=1, batch=4, metric="top1:y")
 
 MODEL = parsed(
     "(float[N, 6] x, float[N, 4] z) => (float[N, 4] y, float[N, 5] u)",
@@ -69,10 +69,10 @@ def rewrite(inventory: Inventory, factors: Mapping[str, Factors]) -> Model:
 
 
 def error_of(candidate: Model, count: int = len(X)) -> float:
-    """By hand: the root mean square of the two outputs' relative errors."""
+    """By hand: the larger of the two outputs' relative errors."""
     dense, other = run(MODEL, x=X[:count], z=Z[:count]), run(candidate, x=X[:count], z=Z[:count])
     errors = [relative(dense[name], other[name]) for name in ("y", "u")]
-    return float(np.sqrt(np.mean(np.square(errors))))
+    return max(map(float, errors))
 
 
 def test_the_model_has_every_kind_of_site() -> None:

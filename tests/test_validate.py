@@ -12,8 +12,11 @@ import numpy as np
 import onnx
 import onnx.parser
 import pytest
+from conftest import invoke
+from models import random
 from onnx import numpy_helper
 
+import onnxlr
 from onnxlr.data import Dataset, Feed, TensorSpec, open_data, split
 from onnxlr.errors import ConfigError, DataError, ModelError, OutputError
 from onnxlr.model_io import Model, from_proto
@@ -325,6 +328,27 @@ def test_messages_of_the_comparator(pair: tuple[Path, Path], tmp_path: Path, cap
     with pytest.raises(ModelError, match="Polygraphy cannot compare the outputs"):
         run_comparator(texts, texts, FEEDS, max_error=0.1)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_model_of_text_is_validated_without_polygraphy(tmp_path: Path) -> None:
+    signature, texts = "(float[N, 4] x) => (string[N, 4] y)", tmp_path / "texts.onnx"
+    saved(parsed(signature, "y = Cast<to = 8>(x)"), texts)
+    np.save(tmp_path / "x.npy", FEEDS[0]["x"])
+    found = invoke("validate", texts, texts, "--data", tmp_path / "x.npy", "--json")
+    assert (found.code, found.err) == (0, "")
+    document = json.loads(found.out)
+    assert (document["error"], document["polygraphy"]) == (0, [])
+
+
+def test_an_integer_output_counts_beside_a_floating_one(tmp_path: Path) -> None:
+    signature = "(float[N, 4] x) => (int64[N] label, float[N, 4] y)"
+    body = "s = MatMul(x, w) label = ArgMax<axis = 1, keepdims = 0>(s) y = Identity(x)"
+    one, other = (parsed(signature, body, w=random(seed, 4, 5)) for seed in (1, 2))
+    x = random(3, 64, 4)
+    found = onnxlr.validate(one, other, {"x": x}, max_error=0.05)
+    wrong = np.mean((x @ random(1, 4, 5)).argmax(1) != (x @ random(2, 4, 5)).argmax(1))
+    assert found.error == pytest.approx(wrong)
+    assert not found.passed
 
 
 def test_tolerances_of_narrow_floats_do_not_overflow() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import io
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -35,9 +35,10 @@ if TYPE_CHECKING:
 
     from onnxlr.data import ImageOptions
     from onnxlr.polygraphy_files import Verdict
+    from onnxlr.session import Session
 
 
-NO_POLYGRAPHY = "polygraphy is left out: it feeds onnxruntime numpy arrays, which do not reach a bfloat16 model"
+NO_POLYGRAPHY = "polygraphy is left out: it compares numbers that numpy has a type for, neither text nor bfloat16"
 
 
 @cli.command()
@@ -100,9 +101,9 @@ def analyze(
     if as_csv:
         import csv
 
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(columns)
-        return writer.writerows(rows)
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+        return click.echo(text.getvalue(), nl=False)
     means = [f"mean layer utilization at {e:g} of the energy: {mlu:.4f}" for e, mlu in analysis.mlu.items()]
     if not rows:
         means = ["no weight to analyze: `onnxlr inspect` lists what can be compressed and what cannot, and why"]
@@ -183,7 +184,11 @@ def merge(stats: Sequence[Path], output: Path, force: bool, as_json: bool) -> No
 @click.option("--min-metric-kept", type=SHARE, help="Target: the share of the task metric to keep, with --labels.")
 @click.option("--labels", type=FILE, help="Labels, one a sample of --calib: .npy, .npz, .txt or .csv.")
 @click.option("--loss", help="Gradients of a loss on --labels: cross-entropy, or module:function.")
-@click.option("--metric", default="top1", help="Task metric: top1, or module:function.")
+@click.option(
+    "--metric",
+    default="top1",
+    help="Task metric: top1, top1:OUTPUT where several could hold the scores, or module:function.",
+)
 @click.option(
     "--rank", "ranks", multiple=True, metavar="PATTERN=R", help="Give matching weights this rank; repeatable."
 )
@@ -254,7 +259,11 @@ def compress(
 @click.argument("b", type=FILE)
 @click.option("--data", required=True, help=f"Validation data: {DATA}")
 @click.option("--labels", type=FILE, help="Labels, one a sample of --data: .npy, .npz, .txt or .csv.")
-@click.option("--metric", default="top1", help="Task metric: top1, or module:function.")
+@click.option(
+    "--metric",
+    default="top1",
+    help="Task metric: top1, top1:OUTPUT where several could hold the scores, or module:function.",
+)
 @click.option("--max-error", type=click.FloatRange(min=0), default=0.05, help="Gate: relative error of B's outputs.")
 @click.option("--polygraphy", "folder", type=FILE, help="Write what `polygraphy run` needs to repeat the verdict.")
 @click.option("--polygraphy-samples", default=8, type=POSITIVE, help="Samples that Polygraphy compares.")
@@ -286,7 +295,7 @@ def validate(
     assert first.path is not None
     assert second.path is not None
     sessions = (Session(model, provider=settings["provider"], optimize=False) for model in (first, second))
-    inputs, native = zip(*((session.inputs, session.native) for session in sessions), strict=True)
+    inputs, native = zip(*((session.inputs, _is_numeric(session)) for session in sessions), strict=True)
     polygraphy = all(native)
     if folder is not None:
         if not polygraphy:
@@ -321,3 +330,8 @@ def validate(
     # Polygraphy has no mask: what it finds in padding is no failure
     agreed = settings["mask"] is not None or all(verdict.passed for verdict in verdicts)
     return 0 if result.passed and agreed else 3
+
+
+def _is_numeric(session: Session) -> bool:
+    """Whether Polygraphy can run the model and compare its outputs."""
+    return session.native and all(spec.dtype.kind != "O" for spec in session.outputs)

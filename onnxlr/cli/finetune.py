@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", required=True, type=FILE, help="Where to write the tuned model.")
 @click.option("--labels", type=FILE, help="Labels, one a sample of --calib: .npy, .npz, .txt or .csv.")
 @click.option("--loss", help="What labels are for: cross-entropy (the default with --metric top1), or module:function.")
-@click.option("--metric", default="top1", help="Task metric: top1, or module:function.")
+@click.option(
+    "--metric",
+    default="top1",
+    help="Task metric: top1, top1:OUTPUT where several could hold the scores, or module:function.",
+)
 @click.option("--checkpoint", type=FILE, help="Keep the state here while it runs; run again to go on from it.")
 @click.option("--holdout-every", default=8, type=click.IntRange(min=2),
               help="One sample of so many is held out for validation, never trained on.")  # fmt: skip
