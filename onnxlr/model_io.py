@@ -170,7 +170,8 @@ class Model:
                 for chunk in self._chunks(tensor):
                     digest.update(chunk)
             else:
-                digest.update(tensor.SerializeToString(deterministic=True))
+                # of most weights the bytes are all that is left to tell, and less work than a message of them
+                digest.update(tensor.raw_data or tensor.SerializeToString(deterministic=True))
         return digest.hexdigest()
 
     @property
