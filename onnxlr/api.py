@@ -9,9 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from onnxlr.case import (
+    as_labels,
     as_model,
     images_for,
     load_truth,
@@ -20,11 +19,12 @@ from onnxlr.case import (
     quiet,
     require_held_out,
     require_loss_of_use,
+    require_metric_of_use,
     require_tuning,
     tune,
 )
 from onnxlr.config import Config, Tuning
-from onnxlr.data import load_labels, open_data
+from onnxlr.data import open_data
 from onnxlr.errors import ConfigError, ModelError
 from onnxlr.files import require_writable
 from onnxlr.gathered import gather
@@ -41,7 +41,7 @@ from onnxlr.work import working
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike
 
     from onnxlr.case import ModelLike, Progress
     from onnxlr.data import ImageOptions
@@ -115,7 +115,7 @@ def calibrate(
     config: Config | None = None,
     *,
     output: str | Path | None = None,
-    labels: str | Path | NDArray[Any] | None = None,
+    labels: str | Path | ArrayLike | None = None,
     images: ImageOptions | None = None,
     work: str | Path | None = None,
     force: bool = False,
@@ -160,7 +160,7 @@ def finetune(
     config: Config | None = None,
     *,
     output: str | Path | None = None,
-    labels: str | Path | NDArray[Any] | None = None,
+    labels: str | Path | ArrayLike | None = None,
     checkpoint: str | Path | None = None,
     images: ImageOptions | None = None,
     force: bool = False,
@@ -205,9 +205,14 @@ def finetune(
     """
     tuning, config = tuning or Tuning(), config or Config()
     require_tuning(tuning, labels)
+    require_metric_of_use(config, labels)
     path = None if output is None else Path(output)
     if path is not None:
         require_writable(path, force=force)
+        if checkpoint is not None and path.absolute() == Path(checkpoint).absolute():
+            raise ConfigError(
+                f"--checkpoint and --output are both {path}: the state of the run needs a file of its own"
+            )
     student, case = as_model(small), prepare(dense, calib, config, images)
     require_held_out(case)
     truth = None if labels is None else load_truth(case, labels)
@@ -230,7 +235,7 @@ def validate(
     b: ModelLike,
     data: object,
     *,
-    labels: str | Path | NDArray[Any] | None = None,
+    labels: str | Path | ArrayLike | None = None,
     images: ImageOptions | None = None,
     batch: int = 8,
     mask: str | None = None,
@@ -267,7 +272,7 @@ def validate(
     first, second = as_model(a), as_model(b)
     inputs = Session(first, provider=provider, optimize=False).inputs
     samples = open_data(data, inputs, images=images_for(first, images))
-    truth = labels if labels is None or isinstance(labels, np.ndarray) else load_labels(labels)
+    truth = None if labels is None else as_labels(labels)
     return compare_models(
         first, second, samples, batch=batch, mask=mask, labels=truth, metric=metric, provider=provider,
         threads=threads, max_error=max_error, progress=progress,

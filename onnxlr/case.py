@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -19,13 +20,13 @@ from onnxlr.reference import find_reference
 from onnxlr.session import Session
 from onnxlr.shapes import measure_shapes
 from onnxlr.sites import take_inventory
+from onnxlr.task_metrics import load_metric
 from onnxlr.unfold import unfold
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike, NDArray
 
     from onnxlr.config import Config, Tuning
     from onnxlr.data import Dataset, TensorSpec
@@ -182,6 +183,19 @@ def require_loss_of_use(config: Config, labels: object, *, tuned: bool = False) 
         raise ConfigError(f"the objective {config.objective} uses no gradients: leave --loss {config.loss} out")
 
 
+def require_metric_of_use(config: Config, labels: object) -> None:
+    """Refuse a task metric that there is not, or that has no labels to go by.
+
+    Raises
+    ------
+    ConfigError
+        It is so.
+    """
+    if config.metric != "top1" and labels is None:
+        raise ConfigError(f"--metric {config.metric} needs --labels: one label for every sample of --calib")
+    load_metric(config.metric)
+
+
 def require_tuning(tuning: Tuning, labels: object) -> None:
     """Refuse fine-tuning that cannot be done, before the work begins.
 
@@ -248,7 +262,18 @@ def require_held_out(case: Case) -> None:
         )
 
 
-def load_truth(case: Case, labels: str | Path | NDArray[Any]) -> NDArray[Any]:
+def as_labels(labels: str | Path | ArrayLike) -> NDArray[Any]:
+    """Labels from a file, or as an array.
+
+    Raises
+    ------
+    DataError
+        The file cannot be read.
+    """
+    return load_labels(labels) if isinstance(labels, (str, Path)) else np.asarray(labels)
+
+
+def load_truth(case: Case, labels: str | Path | ArrayLike) -> NDArray[Any]:
     """The labels, if there is one for every sample of the whole data.
 
     Raises
@@ -256,7 +281,7 @@ def load_truth(case: Case, labels: str | Path | NDArray[Any]) -> NDArray[Any]:
     DataError
         The file cannot be read, or their number is another.
     """
-    truth = labels if isinstance(labels, np.ndarray) else load_labels(labels)
+    truth = as_labels(labels)
     count = sum(1 for part in (case.calibration, case.held_out) for _ in part.read())
     if len(truth) != count:
         raise DataError(

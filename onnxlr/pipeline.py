@@ -17,6 +17,7 @@ from onnxlr.case import (
     quiet,
     require_held_out,
     require_loss_of_use,
+    require_metric_of_use,
     require_one_process,
     require_tuning,
     tune,
@@ -33,13 +34,12 @@ from onnxlr.quantize import require_quantizable
 from onnxlr.report import Quantized
 from onnxlr.search import bench_feed, finish, meet_target, meets
 from onnxlr.summary import summarize
-from onnxlr.task_metrics import load_metric
 from onnxlr.threads import one_blas
 from onnxlr.work import working
 
 if TYPE_CHECKING:
     import numpy as np
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike, NDArray
 
     from onnxlr.case import Case, ModelLike, Progress
     from onnxlr.config import Form, Tuning
@@ -56,7 +56,7 @@ def compress(
     config: Config | None = None,
     *,
     output: str | Path | None = None,
-    labels: str | Path | NDArray[np.int64] | None = None,
+    labels: str | Path | ArrayLike | None = None,
     stats: Stats | None = None,
     tuning: Tuning | None = None,
     images: ImageOptions | None = None,
@@ -100,13 +100,11 @@ def compress(
     config = config or Config()
     if config.target.kind == "min_metric_kept" and labels is None:
         raise ConfigError("--min-metric-kept needs --labels: one label for every sample of --calib")
-    if config.metric != "top1" and labels is None:
-        raise ConfigError(f"--metric {config.metric} needs --labels: one label for every sample of --calib")
+    require_metric_of_use(config, labels)
     require_loss_of_use(config, labels, tuned=tuning is not None)
     if tuning is not None:
         require_tuning(tuning, labels)
         require_one_process()
-    load_metric(config.metric)
     if stats is not None and config.objective == "weight":
         raise ConfigError("the objective weight uses no moments: leave --stats out, or choose another --objective")
     path = None if output is None else Path(output)

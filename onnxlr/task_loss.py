@@ -41,7 +41,7 @@ def cross_entropy(outputs: Mapping[str, Any], labels: Any) -> Any:
     wrong = labels[((labels < 0) | (labels >= scores.shape[1])) & (labels != NO_CLASS)]
     if len(wrong):
         raise IndexError(f"label {wrong[0].item()} where there are {scores.shape[1]} classes")
-    return torch.nn.functional.cross_entropy(scores, labels, reduction="sum", ignore_index=NO_CLASS)
+    return torch.nn.functional.cross_entropy(scores, labels.long(), reduction="sum", ignore_index=NO_CLASS)
 
 
 class TaskLoss:

@@ -233,6 +233,12 @@ def test_gradients_of_cross_entropy_are_probabilities_less_classes(body: str, ba
         np.testing.assert_allclose(again.moments["h:gradient"].second, of_cross_entropy(changed), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["int16", "int32", "uint8"])
+def test_labels_are_integers_of_any_size(dtype: str) -> None:
+    stats = [calibrate(classifier(), [{"x": X}], LOSS, labels=labels) for labels in (LABELS, LABELS.astype(dtype))]
+    assert stats[0].fingerprint() == stats[1].fingerprint()
+
+
 def test_cross_entropy_of_tokens_leaves_out_those_without_a_class() -> None:
     model = parsed("(float[N, S, 6] x) => (float[N, S, 4] y)", "y = MatMul(x, w)", w=W)
     labels = LABELS.reshape(16, 5).copy()

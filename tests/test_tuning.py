@@ -447,12 +447,27 @@ def test_compress_is_done_once(compress: Any, monkeypatch: pytest.MonkeyPatch) -
     [
         (("--loss", "cross-entropy"), "--loss cross-entropy needs --labels"),
         (("--learning-rate", "nan"), "learning_rate must be above 0 and finite"),
+        (("--metric", "no_such_module:f"), "--metric no_such_module:f needs --labels"),
     ],
 )
 def test_what_cannot_be_done_is_said_at_once(files: list[Any], options: tuple[str, ...], message: str) -> None:
     done = invoke("finetune", *files, *options)
     assert done.code == 2
     assert message in done.err
+
+
+def test_a_metric_that_is_none_is_said_at_once(files: list[Any], shelf: Path) -> None:
+    done = invoke(
+        "finetune", *files, "--labels", shelf / "labels.npy", "--metric", "no_such_module:f", "--epochs", 9999
+    )
+    assert done.code == 2
+    assert "no_such_module cannot be imported" in done.err
+
+
+def test_the_state_of_a_run_is_not_its_result(files: list[Any], tmp_path: Path) -> None:
+    done = invoke("finetune", *files, "--checkpoint", tmp_path / "tuned.onnx")
+    assert done.code == 2
+    assert "tuned.onnx: the state of the run needs a file of its own" in done.err
 
 
 def test_the_dense_model_itself_has_nothing_to_learn(shelf: Path, tmp_path: Path) -> None:

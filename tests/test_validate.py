@@ -351,6 +351,11 @@ def test_an_integer_output_counts_beside_a_floating_one(tmp_path: Path) -> None:
     assert not found.passed
 
 
+def test_labels_may_be_a_list() -> None:
+    model = parsed("(float[N, 4] x) => (float[N, 4] y)", "y = Identity(x)")
+    assert onnxlr.validate(model, model, {"x": np.eye(4, dtype=np.float32)}, labels=[0, 1, 2, 0]).metric_a == 0.75
+
+
 def test_tolerances_of_narrow_floats_do_not_overflow() -> None:
     outputs = [{"y": np.full((2, 2), 60000, np.float16)}]
     assert tolerances(outputs, 0.5) == {"y": Tolerance("mean", 30000.0)}

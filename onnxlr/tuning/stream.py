@@ -65,9 +65,8 @@ class Stream:
         self.steps = len(self._epoch(0))
         if not self.steps:
             shared = f" that {size} processes can share" if size > 1 else ""
-            raise DataError(
-                f"{dataset.name}: {self.samples} samples make no batch of {self._size}{shared}: give more data"
-            )
+            remedy = "choose a larger --tune-batch" if self._size < size else "give more data"
+            raise DataError(f"{dataset.name}: {self.samples} samples make no batch of {self._size}{shared}: {remedy}")
         self._order: tuple[int, list[list[int]]] = (0, self._epoch(0))
 
     def __getitem__(self, step: int) -> tuple[Feed, list[int], float]:
