@@ -157,12 +157,13 @@ def _taking_part(inventory: Inventory, config: Config) -> tuple[list[Weight], di
 
 
 def passes_check(model: Model) -> bool:
-    """Whether onnx's checker has nothing against a model's file, or there is none."""
-    if model.path is None:
-        return True
+    """Whether onnx's checker has nothing against a model, or cannot look at it: in memory, with data in files."""
     try:
-        check(model.path)
-    except ModelError:
+        if model.path is not None:
+            check(model.path)
+        elif not model.external_files:
+            onnx.checker.check_model(model.proto)
+    except (ModelError, onnx.checker.ValidationError):
         return False
     return True
 

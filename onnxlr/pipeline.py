@@ -154,6 +154,8 @@ def _of_use(config: Config) -> frozenset[Form]:
         forms, why = forms - {"block"}, f"--then {config.then}"
     if config.target.kind == "energy":
         forms, why = forms & {"pair"}, "--energy"
+    if config.ranks and "pair" not in forms:
+        raise ConfigError(f"--rank makes pairs, which are not among --forms {','.join(sorted(forms))}: add pair")
     if forms <= {"shared"}:  # pairs or blocks are what has a factor to share
         raise ConfigError(f"of --forms {','.join(sorted(config.forms))} none is of use with {why}: add pair")
     return forms

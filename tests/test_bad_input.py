@@ -449,6 +449,7 @@ def test_a_loss_for_moments_that_are_there(attempt: Callable[..., Result], shelf
 
 def test_forms_that_settings_leave_nothing_of(attempt: Callable[..., Result]) -> None:
     refused(attempt("--energy", 0.9, "--forms", "width,shared"), 2, "--forms shared,width none is of use with --energy")
+    refused(attempt("--rank", "w1=8", "--forms", "block,width"), 2, "not among --forms block,width: add pair")
     refused(attempt("--forms", "shared"), 2, "--forms shared none is of use with objective auto: add pair")
     refused(attempt("--then", "int8", "--forms", "block"), 2, "--forms block none is of use with --then int8: add pair")
 

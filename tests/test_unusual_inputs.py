@@ -23,6 +23,7 @@ from onnxlr.session import Session
 from onnxlr.sites import take_inventory
 from onnxlr.validate import compare
 from tests.conftest import decaying, parse
+from tests.models import parsed, random
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -360,3 +361,13 @@ def test_nothing_to_compress() -> None:
             onnxlr.compress(model, feeds, Config(target=Target(kind, 0.7)))  # type: ignore[arg-type]
     report = onnxlr.compress(model, feeds, Config(objective="output", target=Target("max_error", 0.05)))
     assert report.validation.error == 0
+
+
+def test_what_onnx_would_refuse_from_the_start_is_written_all_the_same(tmp_path: Path) -> None:
+    proto = parsed("(float[N, 32] x) => (float[N, 24] y)", "y = MatMul(x, w)", w=random(1, 32, 24)).proto
+    proto.graph.output[0].type.tensor_type.ClearField("shape")
+    with pytest.raises(onnx.checker.ValidationError):
+        onnx.checker.check_model(proto)
+    config = Config(objective="output", target=Target("keep_params", 0.7), threads=1, rank_multiple=1)
+    report = onnxlr.compress(proto, {"x": random(2, 64, 32)}, config, output=tmp_path / "small.onnx")
+    assert report.after.parameters < report.before.parameters
