@@ -104,7 +104,7 @@ def compress(
     require_loss_of_use(config, labels, tuned=tuning is not None)
     if tuning is not None:
         require_tuning(tuning, labels)
-        require_one_process()
+    require_one_process()
     if stats is not None and config.objective == "weight":
         raise ConfigError("the objective weight uses no moments: leave --stats out, or choose another --objective")
     path = None if output is None else Path(output)

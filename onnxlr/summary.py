@@ -191,8 +191,9 @@ def _warnings(
                 f"{weight.d_in * weight.d_out / (weight.d_in + weight.d_out):.1f} would make it smaller"
             )
     if case.inventory.uncounted:
-        listed = ", ".join(case.inventory.uncounted[:3])
-        yield f"the multiply-accumulates of {len(case.inventory.uncounted)} operators are unknown ({listed})"
+        names = case.inventory.uncounted
+        plural = "s" if len(names) > 1 else ""
+        yield f"the multiply-accumulates of {len(names)} operator{plural} are unknown ({', '.join(names[:3])})"
     if not counted:
         yield "fused operators were not counted: onnxruntime cannot save what it makes of the models"
     if all(weight.form == "dense" for weight in weights):

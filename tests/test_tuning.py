@@ -435,9 +435,10 @@ def test_compress_tunes_what_it_made(compress: Any, tmp_path: Path) -> None:
     assert report["seconds"]["finetune"] > 0
 
 
-def test_compress_is_done_once(compress: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("options", [(), ("--finetune",)])
+def test_compress_is_done_once(compress: Any, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    done = compress("--keep-params", 0.4, "--finetune")
+    done = compress("--keep-params", 0.4, *options)
     assert done.code == 2
     assert "only fine-tuning is shared by several processes: compress without torchrun" in done.err
 
