@@ -226,4 +226,6 @@ def token_rows(mask: Array, shape: tuple[int, ...]) -> Array | None:
 
 
 def _ratio(difference: float, reference: float) -> float:
+    if not math.isfinite(difference) or not math.isfinite(reference):  # squares beyond float64
+        return math.inf
     return difference / reference if reference else (math.inf if difference else 0.0)

@@ -157,31 +157,35 @@ class Session:
                 f"this onnxruntime build has no {self.provider}: available are "
                 f"{', '.join(ort.get_available_providers())} (for CUDA install 'onnxlr[gpu]')"
             )
-        options = ort.SessionOptions()
-        options.log_severity_level = 4
-        options.intra_op_num_threads = threads
-        options.enable_mem_pattern = False  # planned for one shape; batches differ in size and length
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if streaming:
-            options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
-        if not optimize:
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        if save_optimized is not None:
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-            options.optimized_model_filepath = os.fspath(save_optimized)
-            prefix = "session.optimized_model_external_initializers_"
-            options.add_session_config_entry(prefix + "file_name", save_optimized.name + ".data")
-            options.add_session_config_entry(prefix + "min_size_in_bytes", "1024")
+
+        def options() -> Any:
+            own = ort.SessionOptions()
+            own.log_severity_level = 4
+            own.intra_op_num_threads = threads
+            own.enable_mem_pattern = False  # planned for one shape; batches differ in size and length
+            own.add_session_config_entry("session.intra_op.allow_spinning", "0")
+            if streaming:
+                own.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+            if not optimize:
+                own.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+            if save_optimized is not None:
+                own.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+                own.optimized_model_filepath = os.fspath(save_optimized)
+                prefix = "session.optimized_model_external_initializers_"
+                own.add_session_config_entry(prefix + "file_name", save_optimized.name + ".data")
+                own.add_session_config_entry(prefix + "min_size_in_bytes", "1024")
+            return own
+
         self.computes = ""
         try:
-            self._session = self._load(model, options)
+            self._session = self._load(model, options())
         except ModelError as error:
             whole = load(model) if isinstance(model, Path) else model
             lacking = self.provider == PROVIDERS["cpu"] and "NOT_IMPLEMENTED" in str(error)
             if not lacking or "bfloat16" not in half_types(whole):
                 raise
             with float32_self(whole) as wide:
-                self._session, self.computes = self._load(wide, options), "float32"
+                self._session, self.computes = self._load(wide, options()), "float32"
             model = whole
         if self.provider not in self._session.get_providers():
             raise InstallError(not_started(self.provider))

@@ -184,8 +184,9 @@ def _warnings(
                 f"{part.weight.name}: {part.rows} calibration rows for {part.dim} dimensions; directions that no row "
                 "shows are ranked by the weight alone, so calibrate on more data"
             )
+    given = {part.name for part in parts if part.fixed is not None}
     for weight in weights:
-        if weight.form != "dense" and weight.parameters_after > weight.parameters:
+        if weight.name in given and weight.parameters_after > weight.parameters:
             yield (
                 f"{weight.name}: its pair of rank {weight.rank} is larger than the dense weight; a rank below "
                 f"{weight.d_in * weight.d_out / (weight.d_in + weight.d_out):.1f} would make it smaller"

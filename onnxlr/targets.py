@@ -333,9 +333,15 @@ class Chooser:
             return best
         choice = planner.fits(most)
         reached = measured(choice)
+        fixed = any(part.fixed is not None for part in self._parts.values())
+        if not (accepts(reached) or fixed):
+            # what the calibration data never did may be cut in the largest plan, and be what the others do
+            choice = Choice(dict.fromkeys(self._parts, Cut()), dict.fromkeys(self._parts, 0.0), lambda _: {}, most)
+            reached = measured(choice)
         if not accepts(reached):
+            remedy = "drop or raise the ranks given with --rank" if fixed else "the model differs from run to run"
             raise GateError(
                 f"--{self._config.target} cannot be reached: even with every rank that is not fixed left dense it is "
-                f"{reached:.4g}; drop or raise the ranks given with --rank"
+                f"{reached:.4g}; {remedy}"
             )
         return choice

@@ -44,7 +44,7 @@ def test_images_are_found_in_subfolders_and_sorted(tmp_path: Path) -> None:
         assert [int(sample["image"].max()) for sample in data] == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "jpeg", "bmp", "webp"])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "jpeg", "bmp", "gif", "tif", "tiff", "webp"])
 def test_formats(tmp_path: Path, suffix: str) -> None:
     save(tmp_path / f"a.{suffix}", np.full((4, 4, 3), 100, np.uint8))
     assert np.allclose(only(tmp_path, spec("N", 3, 4, 4)), 100 / 255, atol=0.02)

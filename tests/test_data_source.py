@@ -16,6 +16,7 @@ from onnxlr.data import TensorSpec, load_labels, open_data
 from onnxlr.errors import DataError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 X = TensorSpec("x", np.dtype(np.float32), ("N", 2))
@@ -93,10 +94,10 @@ def test_files_are_opened_one_at_a_time(tmp_path: Path) -> None:
     assert next(iter(open_data(tmp_path, [X])))["x"][0, 0] == 1
 
 
-def save_set(folder: Path, *arrays: np.ndarray) -> None:
+def save_set(folder: Path, *arrays: np.ndarray, called: Sequence[str] = ("", "", "")) -> None:
     folder.mkdir()
-    for number, array in enumerate(arrays):
-        (folder / f"input_{number}.pb").write_bytes(numpy_helper.from_array(array).SerializeToString())
+    for number, (array, name) in enumerate(zip(arrays, called, strict=False)):
+        (folder / f"input_{number}.pb").write_bytes(numpy_helper.from_array(array, name).SerializeToString())
     (folder / "output_0.pb").write_bytes(b"not read")
 
 
@@ -106,6 +107,14 @@ def test_onnx_test_data(tmp_path: Path) -> None:
     onnx.save(onnx.ModelProto(), tmp_path / "model.onnx")
     assert values(tmp_path, X, IDS) == [0, 2, 10]
     assert values(tmp_path / "test_data_set_10", X, IDS) == [10]
+
+
+@pytest.mark.parametrize(("called", "first"), [(("b", "a"), 2), (("a", "b"), 1), (("a", "a"), 1), (("a", "c"), 1)])
+def test_tensors_with_the_names_of_inputs_are_those(tmp_path: Path, called: tuple[str, str], first: int) -> None:
+    inputs = [TensorSpec(name, X.dtype, X.shape) for name in ("a", "b")]
+    save_set(tmp_path / "test_data_set_0", rows(1), rows(2), called=called)
+    (sample,) = open_data(tmp_path, inputs)
+    assert (sample["a"][0, 0], sample["b"][0, 0]) == (first, 3 - first)
 
 
 def test_onnx_test_data_that_do_not_fit(tmp_path: Path) -> None:

@@ -167,6 +167,8 @@ def test_the_error_of_a_model_is_that_of_its_worst_output() -> None:
     assert relative_error([*off, wrong]) == 0.75
     assert relative_error([*off, wrong], floating=True) == 0.5
     assert relative_error([wrong], floating=True) == 0.75
+    beyond = np.full((1, 1), 1e200)
+    assert relative_error([compared(beyond, beyond * 2)]) == math.inf
     assert relative_error([compared(np.arange(4), np.array([0, 1, 2, 4]))]) == 0.25
     assert relative_error([compared(one * 0, one)]) == math.inf
 

@@ -118,6 +118,13 @@ def test_all_kept_is_the_same_model_to_the_byte(shelf: Path, tmp_path: Path, nam
     assert any("nothing was compressed" in warning for warning in report.warnings)
 
 
+@pytest.mark.parametrize("objective", ["utilized", "output"])
+@pytest.mark.parametrize("count", [2, 5])
+def test_a_bound_that_too_few_samples_cannot_keep_leaves_all_dense(tmp_path: Path, objective: Any, count: int) -> None:
+    report, _ = shrink(mlp(), [{"x": X[:count]}], tmp_path, Target("max_error", 1e-5), objective=objective)
+    assert report.validation.error <= 1e-5
+
+
 @pytest.mark.parametrize("objective", ["weight", "utilized", "output"])
 def test_full_rank_is_the_dense_model(tmp_path: Path, objective: Any) -> None:
     ranks = {"w1": 64, "w2": 96, "w3": 10}

@@ -235,9 +235,10 @@ def test_bfloat16_tensors_pass_through_a_session() -> None:
         np.testing.assert_array_equal(found["g"], f)
 
 
-def test_what_the_cpu_cannot_compute_in_bfloat16_is_computed_in_float32() -> None:
+def test_what_the_cpu_cannot_compute_in_bfloat16_is_computed_in_float32(capfd: pytest.CaptureFixture[str]) -> None:
     model, x = from_proto(two_layers("bfloat16")), data("bfloat16")
     session = Session(model)
+    assert capfd.readouterr() == ("", "")
     assert session.computes == "float32"
     assert [str(spec) for spec in session.inputs] == ["bfloat16 [N, 64]"]
     expected = Session(widened(model)).run({"x": x.astype(np.float32)})["y"]

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 IMAGES_KEY = "onnxlr.images"
 """Where a model's metadata hold its `ImageOptions`, as JSON: models that `onnxlr export` wrote have them."""
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """ONNX test data: folders `test_data_set_0`, `test_data_set_1`, ... of `input_0.pb`, `input_1.pb`, ... TensorProtos.
 
-This is the layout of the ONNX model zoo and of onnx's own backend tests; the files are in the order of the model's
-inputs. The folders' `output_*.pb` are not read.
+This is the layout of the ONNX model zoo and of onnx's own backend tests. Tensors that all have
+the names of inputs are those; others are in the order of the inputs. The folders' `output_*.pb` are not read.
 """
 
 from __future__ import annotations
@@ -40,7 +40,11 @@ def read_sets(folders: Iterable[Path], inputs: Sequence[TensorSpec]) -> Iterator
                 f"{folder}: {len(files)} files input_*.pb, the model has {len(inputs)} inputs ({names(inputs)}); "
                 "expected one file an input, in their order"
             )
-        yield str(folder), {spec.name: _read_tensor(file) for spec, file in zip(inputs, files, strict=True)}
+        read = [_read_tensor(file) for file in files]
+        named = dict(read)
+        if named.keys() != {spec.name for spec in inputs}:
+            named = {spec.name: array for spec, (_, array) in zip(inputs, read, strict=True)}
+        yield str(folder), named
 
 
 def _numbered(paths: Iterable[Path], pattern: re.Pattern[str]) -> list[Path]:
@@ -48,7 +52,8 @@ def _numbered(paths: Iterable[Path], pattern: re.Pattern[str]) -> list[Path]:
     return [path for _, path in sorted(matched)]
 
 
-def _read_tensor(path: Path) -> Array:
+def _read_tensor(path: Path) -> tuple[str, Array]:
+    """Its name, and its values."""
     import onnx
     from onnx import numpy_helper
 
@@ -60,4 +65,4 @@ def _read_tensor(path: Path) -> Array:
     except Exception as error:
         # protobuf's decoding error is not an OSError or ValueError, and to_array raises a dozen kinds.
         raise DataError(f"{path}: cannot be read as a TensorProto ({error}); it is damaged or no tensor") from error
-    return array
+    return tensor.name, array
