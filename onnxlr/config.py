@@ -87,7 +87,8 @@ class Config:
     rank_multiple
         Ranks are multiples of this number: hardware runs them faster.
     margin
-        No form that keeps more than this share of a weight's parameters is used: it saves little and adds operators.
+        No factors that keep more than this share of a weight's parameters: they save little and add operators. The form
+        "width" makes none.
     floor
         No rank and no number of hidden units below this share of the full one is used.
     forms

@@ -193,7 +193,7 @@ def merge(stats: Sequence[Path], output: Path, force: bool, as_json: bool) -> No
     "--rank", "ranks", multiple=True, metavar="PATTERN=R", help="Give matching weights this rank; repeatable."
 )
 @rank_multiple
-@click.option("--margin", default=0.85, type=SHARE, help="No form that keeps more than this share of a weight.")
+@click.option("--margin", default=0.85, type=SHARE, help="No factors that keep more than this share of a weight.")
 @click.option("--floor", default=0.0, type=click.FloatRange(0, 1, max_open=True),
               help="No rank or hidden width below this share of the full one.")  # fmt: skip
 @click.option("--forms", default=",".join(FORMS), help="What may be made of weights, separated by commas.")
