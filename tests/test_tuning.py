@@ -507,6 +507,7 @@ def test_two_processes_do_what_one_does(files: list[Any], tmp_path: Path) -> Non
     words = " ".join(command(files, *options))
     together = shell(f"torchrun --nproc-per-node 2 --no-python {words}", OMP_NUM_THREADS="1")
     assert together.code == 0, together.err
+    assert "deprecated" not in together.err
     one, two = (json.loads(done.out) for done in (alone, together))
     assert (one["processes"], two["processes"]) == (1, 2)
     # the same batches, summed in another order

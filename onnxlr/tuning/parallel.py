@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,7 +33,11 @@ class Processes:
         """The module as each process runs it: gradients are averaged over all of them."""
         if self.size == 1:
             return module
-        return torch.nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+        parallel = torch.nn.parallel.DistributedDataParallel
+        # buffers are constants; the second is the name that older torch has for it
+        named = ("forward_sync_buffers", "broadcast_buffers")
+        option = next(name for name in named if name in signature(parallel).parameters)
+        return parallel(module, **{option: False})
 
 
 def leads() -> bool:
