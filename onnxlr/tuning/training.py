@@ -46,8 +46,8 @@ WARM_UP = 0.05
 """The part of the steps over which the learning rate rises."""
 AVERAGED = 0.02
 """The part of the steps that the running average reaches back over."""
-LEAST_SIZE = 1e-2
-"""Weights whose root mean square is smaller are moved as if it were this."""
+LEAST_SIZE = 1e-5
+"""Weights that are all 0 are moved as if this were their root mean square."""
 CLIP = 1.0
 """The largest norm of a gradient."""
 MUCH_WORSE = 1.15
@@ -259,7 +259,7 @@ def _size(weight: Tensor) -> float:
     that is a spectral norm of `sqrt(m n)`, where numbers of the same size at random have `sqrt(m) + sqrt(n)`. So wide
     matrices have to move less. For biases the two are the same.
     """
-    size = max(float(weight.detach().square().mean().sqrt()), LEAST_SIZE)
+    size = float(weight.detach().double().square().mean().sqrt()) or LEAST_SIZE
     if weight.ndim < 2:
         return size
     m, n = len(weight), weight[0].numel()
