@@ -1,7 +1,7 @@
 """ONNX test data: folders `test_data_set_0`, `test_data_set_1`, ... of `input_0.pb`, `input_1.pb`, ... TensorProtos.
 
-This is the layout of the ONNX model zoo and of onnx's own backend tests. Tensors that all have
-the names of inputs are those; others are in the order of the inputs. The folders' `output_*.pb` are not read.
+This is the layout of the ONNX model zoo and of onnx's own backend tests. Tensors that all have the names of inputs are
+those, others are in the order of the inputs. The folders' `output_*.pb` are not read.
 """
 
 from __future__ import annotations
