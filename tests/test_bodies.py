@@ -22,6 +22,7 @@ from onnxlr.probes import weight_moments
 from onnxlr.protos import graphs
 from onnxlr.rewrite import rewrite
 from onnxlr.session import Session
+from onnxlr.shapes import measure_shapes
 from onnxlr.sites import parameter_count, take_inventory
 from onnxlr.surgery import close_graph, open_graph
 from onnxlr.trial import Trial
@@ -501,3 +502,14 @@ def test_weights_that_a_body_computes_are_listed() -> None:
     body = body.replace("FusedMatMul", "com.microsoft.FusedMatMul")
     inventory = take_inventory(parsed("(float[N, 6] x, bool c) => (float[N, 6] y)", body, w=W, v=V))
     assert {r.name: (r.sources, r.parameters) for r in inventory.refusals} == {"t": (("v", "w"), 72), "e": (("w",), 36)}
+
+
+def test_a_weight_of_a_body_too_costs_what_is_known_of_it() -> None:
+    body = """p = MatMul(x, w) y = If(c) <then_branch = one () => (float[M, 6] t) { s = Relu(p) t = MatMul(s, w) },
+                                       else_branch = two () => (float[M, 6] e) { e = Identity(p) }>"""
+    model = parsed("(float[N, 6] x, bool c) => (float[N, 6] y)", body, w=W)
+    inventory = take_inventory(model, measure_shapes(model, {"x": X[:1], "c": YES}))
+    (weight,) = inventory.weights
+    assert len(weight.sites) == 2
+    assert weight.macs == weight.macs_of(((D, D),)) == D * D
+    assert weight.macs_of(((D, 2), (2, D))) == 4 * D

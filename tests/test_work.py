@@ -19,6 +19,7 @@ from onnxlr.forms import Stored, Window
 from onnxlr.gram import Stats
 from onnxlr.model_io import from_proto, load, save
 from onnxlr.plan_file import load_plan, save_plan
+from onnxlr.search import _settings
 from onnxlr.targets import Plan
 from onnxlr.tensor_file import map_tensors, write_tensors
 from onnxlr.work import Work, working
@@ -65,6 +66,7 @@ def same(a: Report, b: Report) -> None:
 
 
 STAGES = ["calibrate", "importance", "validate"]
+TIMED = (Target("keep_params", 0.5), Target("max_latency", 0.5))
 
 
 @pytest.mark.parametrize("until", STAGES)
@@ -252,6 +254,12 @@ def test_results_are_told_apart_by_all_that_they_follow_from(tmp_path: Path) -> 
         for settings in ("x", ("x", 1))
     }
     assert len(paths) == 8
+
+
+def test_plans_of_other_threads_are_others_where_time_counts() -> None:
+    one, two = ([_settings(Config(target=target, threads=n), [], None) for n in (1, 2)] for target in TIMED)
+    assert one[0] == one[1]
+    assert two[0] != two[1]
 
 
 def test_a_plan_comes_back_as_it_was(tmp_path: Path) -> None:
