@@ -162,7 +162,9 @@ def _one_pass(
                 continue
             for key, place in zip(gradient_keys(sites[name]), sites[name].output_rows, strict=True):
                 rows = _rows(gradient, place, mask, tables.get(name))
-                sums.setdefault(key, _Sums(name, rows)).add(rows)
+                if key not in sums:
+                    sums[key] = _Sums(name, rows)
+                sums[key].add(rows)
         _require_finite(sums.values())
         progress(sample_count(feed, inputs))
     return {key: sums.pop(key).fetched() for key in list(sums)}

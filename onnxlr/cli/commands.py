@@ -15,6 +15,7 @@ from onnxlr.cli.options import (
     POSITIVE,
     SHARE,
     common,
+    metric,
     parse_forms,
     parse_ranks,
     rank_multiple,
@@ -184,11 +185,7 @@ def merge(stats: Sequence[Path], output: Path, force: bool, as_json: bool) -> No
 @click.option("--min-metric-kept", type=SHARE, help="Target: the share of the task metric to keep, with --labels.")
 @click.option("--labels", type=FILE, help="Labels, one a sample of --calib: .npy, .npz, .txt or .csv.")
 @click.option("--loss", help="Gradients of a loss on --labels: cross-entropy, or module:function.")
-@click.option(
-    "--metric",
-    default="top1",
-    help="Task metric: top1, top1:OUTPUT where several could hold the scores, or module:function.",
-)
+@metric
 @click.option(
     "--rank", "ranks", multiple=True, metavar="PATTERN=R", help="Give matching weights this rank; repeatable."
 )
@@ -259,11 +256,7 @@ def compress(
 @click.argument("b", type=FILE)
 @click.option("--data", required=True, help=f"Validation data: {DATA}")
 @click.option("--labels", type=FILE, help="Labels, one a sample of --data: .npy, .npz, .txt or .csv.")
-@click.option(
-    "--metric",
-    default="top1",
-    help="Task metric: top1, top1:OUTPUT where several could hold the scores, or module:function.",
-)
+@metric
 @click.option("--max-error", type=click.FloatRange(min=0), default=0.05, help="Gate: relative error of B's outputs.")
 @click.option("--polygraphy", "folder", type=FILE, help="Write what `polygraphy run` needs to repeat the verdict.")
 @click.option("--polygraphy-samples", default=8, type=POSITIVE, help="Samples that Polygraphy compares.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnxlr.cli.group import cli
-from onnxlr.cli.options import DATA, FILE, reported, running, training
+from onnxlr.cli.options import DATA, FILE, metric, reported, running, training
 from onnxlr.cli.output import progress_bars, show, show_json
 from onnxlr.config import Config
 from onnxlr.report import terminal
@@ -27,11 +27,7 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", required=True, type=FILE, help="Where to write the tuned model.")
 @click.option("--labels", type=FILE, help="Labels, one a sample of --calib: .npy, .npz, .txt or .csv.")
 @click.option("--loss", help="What labels are for: cross-entropy (the default with --metric top1), or module:function.")
-@click.option(
-    "--metric",
-    default="top1",
-    help="Task metric: top1, top1:OUTPUT where several could hold the scores, or module:function.",
-)
+@metric
 @click.option("--checkpoint", type=FILE, help="Keep the state here while it runs; run again to go on from it.")
 @click.option("--holdout-every", default=8, type=click.IntRange(min=2),
               help="One sample of so many is held out for validation, never trained on.")  # fmt: skip

@@ -119,6 +119,12 @@ selecting = _all(
     ),
 )
 """The options of commands that choose weights and gather moments of them."""
+metric = click.option(
+    "--metric",
+    default="top1",
+    help="Task metric: top1, top1:OUTPUT where several could hold the scores, or module:function.",
+)
+"""How good outputs are at their task."""
 resumed = click.option(
     "--work", type=FILE, help="Keep what is finished in this folder; the same command resumes there."
 )
